@@ -1,0 +1,1 @@
+"""Procedural scenes and the small models trained on them."""

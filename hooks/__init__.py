@@ -1,0 +1,1 @@
+"""The engine: attach edits to a model and take them off again."""
