@@ -1,9 +1,79 @@
 """regard: training-free interventions on multimodal models, each figure beside its baseline."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 _root = _Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").is_file():  # a source checkout: the subpackages lie beside this folder
     __path__.append(str(_root))
 
 __version__ = "0.1.0"
+
+_HOMES = {  # public name -> where it lives; imported at first use, so that `import regard` is quick
+    "apply": "interventions",
+    "wrap": "interventions",
+    "unwrap": "interventions",
+    "recipe": "interventions",
+    "recipes": "interventions",
+    "divergence": "interventions",
+    "sink_dimensions": "interventions",
+    "VHR": "interventions",
+    "VAR": "interventions",
+    "Null": "interventions",
+    "Bias": "hooks.edits",
+    "MassPolicy": "hooks.edits",
+    "HeadGain": "hooks.edits",
+    "Hidden": "hooks.edits",
+    "Branch": "hooks.edits",
+    "Run": "hooks.run",
+    "doctor": "hooks.doctor",
+    "RegardError": "hooks.errors",
+    "CannotEdit": "hooks.errors",
+    "NoImageTokens": "hooks.errors",
+    "OutOfRange": "hooks.errors",
+    "UnknownName": "hooks.errors",
+    "load_miniature": "evals.miniature",
+    "evaluate": "evals.runner",
+    "Results": "evals.results",
+}
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from .evals.miniature import load_miniature as load_miniature
+    from .evals.results import Results as Results
+    from .evals.runner import evaluate as evaluate
+    from .hooks.doctor import doctor as doctor
+    from .hooks.edits import Bias as Bias
+    from .hooks.edits import Branch as Branch
+    from .hooks.edits import HeadGain as HeadGain
+    from .hooks.edits import Hidden as Hidden
+    from .hooks.edits import MassPolicy as MassPolicy
+    from .hooks.errors import CannotEdit as CannotEdit
+    from .hooks.errors import NoImageTokens as NoImageTokens
+    from .hooks.errors import OutOfRange as OutOfRange
+    from .hooks.errors import RegardError as RegardError
+    from .hooks.errors import UnknownName as UnknownName
+    from .hooks.run import Run as Run
+    from .interventions import VAR as VAR
+    from .interventions import VHR as VHR
+    from .interventions import Null as Null
+    from .interventions import apply as apply
+    from .interventions import divergence as divergence
+    from .interventions import recipe as recipe
+    from .interventions import recipes as recipes
+    from .interventions import sink_dimensions as sink_dimensions
+    from .interventions import unwrap as unwrap
+    from .interventions import wrap as wrap
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regard' has no attribute {name!r}")
+    value = getattr(_import_module(f"regard.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,230 @@
+"""The one attention function that regard registers with transformers, and what it does in a layer.
+
+A module that no engine has claimed, or a forward without edits, goes straight to stock SDPA.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ..kernels.reweighted import Reweighting, reweighted_rows
+from .errors import CannotEdit
+from .plan import Entry, LayerPlan
+from .session import Call
+
+if TYPE_CHECKING:
+    from .edits import HeadGain, MassPolicy
+    from .engine import Engine
+
+NAME = "regard"  # no "/", "flash" or "sdpa" in it: transformers gives those a meaning
+
+
+class Claim:
+    """Which engine edits an attention module, and which layer it is."""
+
+    __slots__ = ("cross", "engine", "layer")
+
+    def __init__(self, engine: Engine, layer: int, cross: bool) -> None:
+        self.engine, self.layer, self.cross = engine, layer, cross
+
+
+claims: weakref.WeakKeyDictionary[nn.Module, Claim] = weakref.WeakKeyDictionary()
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer. Shapes as transformers gives them: (B, H, Q, D) in, (B, Q, H, D) out."""
+    claim = claims.get(module)
+    session = None if claim is None else claim.engine.session
+    if claim is None or session is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    stream = claim.engine.stream
+    if stream is not None:  # a branch runs: read, never edit
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if claim.layer in stream.reads:
+            stream.outputs[claim.layer] = out[:, -1]
+        return out, None
+    if not session.checked:
+        session.hits.add(claim.layer)
+    plan = session.plan.layers.get(claim.layer)
+    if not plan:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    call = Call(session, claim.layer, claim.cross, query, key)
+    return _edited(plan, call, module, value, attention_mask, kwargs), None
+
+
+def _edited(
+    plan: LayerPlan, call: Call, module: nn.Module, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor:
+    if plan.bias:
+        mask = _biased(plan, call, mask, _is_causal(module, call, mask, kwargs))
+    members = [(entry, member) for entry in plan.policies if (member := _member(entry, call)) is not None]
+    out = None
+    if members:
+        out = _reweighted(members, call, module, value, mask, kwargs)
+    if out is None:
+        out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
+    for entry in plan.gains:
+        gain = _gain(entry, call, out)
+        if gain is not None:
+            out = out * gain[:, None, :, None]
+    return out
+
+
+def _is_causal(module: nn.Module, call: Call, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    flag = kwargs.get("is_causal")
+    flag = getattr(module, "is_causal", True) if flag is None else flag
+    return bool(flag) and mask is None and call.query.shape[2] > 1
+
+
+def _causal(call: Call) -> Tensor:
+    """(Q, K) bool. SDPA aligns its causal mask at the upper left corner."""
+    rows, keys = call.query.shape[2], call.key.shape[2]
+    return torch.ones(rows, keys, dtype=torch.bool, device=call.query.device).tril()
+
+
+def _biased(plan: LayerPlan, call: Call, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """The mask with every bias added to it, in the query's dtype."""
+    total: Tensor | None = None
+    for entry in plan.bias:
+        bias = entry.edit.bias(call)
+        if bias is None:
+            continue
+        if entry.edit.heads is not None:
+            chosen = torch.zeros(call.query.shape[1], dtype=torch.bool, device=bias.device)
+            chosen[list(entry.edit.heads)] = True
+            bias = torch.where(chosen[None, :, None, None], bias, 0.0)
+        entry.tally.count(call.prefill, call.query.shape[2])
+        total = bias if total is None else total + bias
+    if total is None:
+        return mask
+    total = total.to(call.query.dtype)
+    lowest = torch.finfo(total.dtype).min
+    if mask is None and causal:
+        mask = _causal(call)[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        total = total.clamp_min(lowest).masked_fill(~mask, lowest)
+    elif mask is not None:
+        total = total + mask
+    rows, keys = call.query.shape[2], call.key.shape[2]
+    return total.expand(total.shape[0], total.shape[1], rows, keys)
+
+
+def _member(entry: Entry[MassPolicy], call: Call) -> Tensor | None:
+    """(B, K, G) membership of the keys; the prompt's part is found once and kept."""
+    memory = call.session.memory
+    if entry.key not in memory:
+        groups = entry.edit.groups(call)
+        memory[entry.key] = (
+            None
+            if groups is None
+            else torch.nn.functional.one_hot(groups.long(), len(entry.edit.names)).float()
+        )
+    member = memory[entry.key]
+    if member is None or call.cross:
+        return member
+    keys = call.key.shape[2]
+    if member.shape[1] == keys:
+        return member
+    total = call.session.seen + call.session.rows
+    member = member[:, max(0, total - keys) :][:, :keys]
+    member = torch.nn.functional.pad(member, (0, 0, 0, keys - member.shape[1]))
+    member[:, memory[entry.key].shape[1] - max(0, total - keys) :, 0] = 1.0  # generated tokens are text
+    return member
+
+
+def _rows(edit: MassPolicy, call: Call) -> tuple[int, Tensor | None]:
+    """First edited row of this forward, and which rows from there on, (B, rows) bool; None means all."""
+    session, count, device = call.session, call.query.shape[2], call.query.device
+    if edit.rows == "all":
+        return 0, None
+    if edit.rows == "last":
+        if session.newest is None:
+            return count - 1, None
+        return 0, torch.arange(count, device=device) == session.newest.to(device)[:, None]
+    first_end, last_end, everywhere = session.image_ends
+    start = max(0, first_end - session.seen)
+    if start >= count or (everywhere and last_end - session.seen <= start):
+        return start, None
+    after = call.positions[start:] >= session.image_end.to(device)[:, None]
+    return start, after & call.has_image[:, None]
+
+
+def _reweighted(
+    members: list[tuple[Entry[MassPolicy], Tensor]],
+    call: Call,
+    module: nn.Module,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """Stock rows, with the edited ones computed again; None when no row of this forward is edited."""
+    if kwargs.get("dropout"):
+        raise CannotEdit(f"layer {call.layer}: attention dropout is on; call model.eval() first")
+    batch, count = call.query.shape[0], call.query.shape[2]
+    spans = [_rows(entry.edit, call) for entry, _ in members]
+    first = min(start for start, _ in spans)
+    if first >= count:
+        return None
+    steps, chosen = [], torch.zeros(batch, count - first, dtype=torch.bool, device=call.query.device)
+    for (entry, member), (start, rows) in zip(members, spans, strict=True):
+        own = torch.zeros_like(chosen)
+        own[:, start - first :] = True if rows is None else rows
+        chosen = chosen | own
+        whole = rows is None and start == first
+        steps.append(Reweighting(member, entry.edit.policy if whole else _only(entry.edit.policy, own)))
+        entry.tally.count(call.prefill, count - start)
+    seen = _causal(call)[None, None] if _is_causal(module, call, mask, kwargs) else mask
+    tail = seen[:, :, first:] if seen is not None and seen.shape[2] > 1 else seen
+    scale = kwargs.get("scaling") or call.query.shape[-1] ** -0.5
+    edited = reweighted_rows(call.query[:, :, first:], call.key, value, tail, scale, steps).out
+    if first == 0 and any(rows is None and start == 0 for start, rows in spans):
+        return edited
+    out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
+    edited = torch.where(chosen[:, :, None, None], edited, out[:, first:])
+    return torch.cat([out[:, :first], edited], 1)
+
+
+def _only(policy: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """The policy on the given rows (B, Q), coefficient 1 on the others."""
+    return lambda masses: torch.where(rows[:, None, :, None], policy(masses), 1.0)
+
+
+def _gain(entry: Entry[HeadGain], call: Call, out: Tensor) -> Tensor | None:
+    """Factors (B, H) of one edit, asked for once a prompt or at every step."""
+    memory = call.session.memory
+    if entry.edit.hold and entry.key in memory:
+        gain = memory[entry.key]
+    else:
+        call.output = out
+        gain = entry.edit.gain(call)
+        if gain is not None:
+            if entry.edit.heads is not None:
+                kept = torch.zeros(out.shape[2], dtype=torch.bool, device=gain.device)
+                kept[list(entry.edit.heads)] = True
+                gain = torch.where(kept, gain, 1.0)
+            gain = gain.to(out.dtype)
+        if entry.edit.hold:
+            memory[entry.key] = gain
+    if gain is not None:
+        entry.tally.count(call.prefill, out.shape[1])
+        entry.tally.gain = gain
+    return gain
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # without it the mask is None and causality is silently lost

@@ -1,0 +1,147 @@
+"""Edits sorted by the layer in which they act, with a tally of what each did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from .anatomy import Anatomy
+from .edits import Bias, Branch, Edit, HeadGain, Hidden, MassPolicy
+
+E = TypeVar("E", Bias, MassPolicy, HeadGain, Hidden)
+
+
+@dataclass
+class Tally:
+    """How often one edit acted in one layer, and how.
+
+    `prefill` and `decode` count forwards, `rows` edited query rows (of one sample), `path` names the
+    arithmetic, `gain` (B, H) is the newest set of head factors.
+    """
+
+    intervention: str
+    edit: str
+    layer: int
+    path: str
+    prefill: int = 0
+    decode: int = 0
+    rows: int = 0
+    gain: Tensor | None = None
+
+    def count(self, prefill: bool, rows: int) -> None:
+        """Note one forward in which `rows` query rows were edited."""
+        if prefill:
+            self.prefill += 1
+        else:
+            self.decode += 1
+        self.rows += rows
+
+
+@dataclass
+class Entry(Generic[E]):
+    """One edit in one layer. `key` is what the session's memory files its results under."""
+
+    edit: E
+    tally: Tally
+    key: tuple[int, int]
+
+
+@dataclass
+class LayerPlan:
+    """The edits of one layer, each kind in the order given."""
+
+    bias: list[Entry[Bias]] = field(default_factory=list)
+    policies: list[Entry[MassPolicy]] = field(default_factory=list)
+    gains: list[Entry[HeadGain]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.bias or self.policies or self.gains)
+
+
+_PATHS = {
+    Bias: "one SDPA call with an additive mask",
+    MassPolicy: "SDPA, edited rows again as group masses",
+    HeadGain: "SDPA, head outputs scaled",
+    Hidden: "read at the block's input",
+}
+
+
+@dataclass
+class Contribution:
+    """The edits of one intervention, checked against a model."""
+
+    name: str
+    edits: tuple[Edit, ...]
+    on: bool = True
+    tallies: list[Tally] = field(default_factory=list)
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Raise OutOfRange for a layer or head that the model does not have."""
+        for edit in self.edits:
+            anatomy.check_layers(edit.layers, self.name)
+            if isinstance(edit, Bias | HeadGain):
+                anatomy.check_heads(edit.heads, self.name)
+
+    def tally(self, edit: Bias | MassPolicy | HeadGain | Hidden, layer: int) -> Tally:
+        """The counter of one kind of edit in one layer."""
+        kind = type(edit).__name__
+        for tally in self.tallies:
+            if (tally.edit, tally.layer) == (kind, layer):
+                return tally
+        tally = Tally(self.name, kind, layer, _PATHS[type(edit)])
+        self.tallies.append(tally)
+        return tally
+
+
+class Plan:
+    """All edits that act on a model at one moment.
+
+    `needs_image` and `whole_prompt` name the interventions with that need; empty when none has it.
+    """
+
+    def __init__(self, contributions: Sequence[Contribution]) -> None:
+        self.layers: dict[int, LayerPlan] = {}
+        self.hidden: dict[int, list[Entry[Hidden]]] = {}
+        self.branches: list[Branch] = []
+        for number, (owner, edit) in enumerate((c, edit) for c in contributions for edit in c.edits):
+            if isinstance(edit, Branch):
+                if all(edit != other for other in self.branches):
+                    self.branches.append(edit)
+                continue
+            for layer in edit.layers:
+                key, tally = (number, layer), owner.tally(edit, layer)
+                at = self.layers.setdefault(layer, LayerPlan())
+                if isinstance(edit, Hidden):
+                    self.hidden.setdefault(layer, []).append(Entry(edit, tally, key))
+                elif isinstance(edit, Bias):
+                    at.bias.append(Entry(edit, tally, key))
+                elif isinstance(edit, MassPolicy):
+                    at.policies.append(Entry(edit, tally, key))
+                else:
+                    at.gains.append(Entry(edit, tally, key))
+        self.needs_image = _names(contributions, _needs_image)
+        self.whole_prompt = _names(contributions, _reads_prompt_once)
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.hidden or self.branches)
+
+    @property
+    def reading(self) -> tuple[int, ...]:
+        """Layers whose head outputs some branch keeps."""
+        return tuple(sorted({layer for branch in self.branches for layer in branch.layers}))
+
+
+def _needs_image(edit: Edit) -> bool:
+    return isinstance(edit, Bias | MassPolicy | HeadGain) and edit.needs_image
+
+
+def _reads_prompt_once(edit: Edit) -> bool:
+    return isinstance(edit, Hidden | Branch | MassPolicy) or (isinstance(edit, HeadGain) and edit.hold)
+
+
+def _names(contributions: Sequence[Contribution], wanted: Callable[[Edit], bool]) -> str:
+    names = (c.name for c in contributions if any(wanted(edit) for edit in c.edits))
+    return ", ".join(dict.fromkeys(names))

@@ -1,0 +1,276 @@
+"""The command line: demo, bench, report, recipes, doctor.
+
+Heavy imports are inside the commands, so that `regard --help` answers at once.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+app = typer.Typer(
+    name="regard",
+    help="Training-free interventions on multimodal models, measured against the same model without them.\n\n"
+    "Start with `regard demo`: it runs the whole thing on an embedded model, offline, in under two minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipesOption = Annotated[
+    str,
+    typer.Option(
+        help='Comma-separated names. "none", the baseline, always runs. Settings: `var:transfer=0.3`. '
+        "Several at once: `vhr+var`."
+    ),
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of the choice of images and of the questions.")]
+ItemsOption = Annotated[int, typer.Option(help="Most images. POPE asks up to 18 questions on each.", min=1)]
+BatchOption = Annotated[int, typer.Option(help="Prompts at once. Smaller needs less memory.", min=1)]
+ModelOption = Annotated[str, typer.Option(help='"miniature", a local folder, or a name on the hub.')]
+DtypeOption = Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help='cpu, cuda, cuda:1, or "auto" to spread the model. Default: cuda if there.')
+]
+
+
+def _reported(command: Command) -> Command:
+    """Print what a user can mend as one short message, and leave with exit code 2."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from .hooks.errors import RegardError
+
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _complain("stopped; what was finished is kept, and the same command goes on from there")
+            raise typer.Exit(130) from None
+        except (RegardError, ValueError, OSError) as error:
+            if _state["debug"]:
+                raise
+            _complain(" ".join(str(error).split()) or type(error).__name__)
+            raise typer.Exit(2) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+_state = {"debug": False}
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"regard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+@app.command()
+@_reported
+def demo(
+    items: ItemsOption = 60,
+    out: Annotated[str, typer.Option(help="Folder of the run; an unfinished run there goes on.")] = "runs/demo",
+    seed: SeedOption = 0,
+    recipes: RecipesOption = "none,vhr,var",
+) -> None:
+    """Run POPE and CHAIR on the embedded model, with and without interventions.
+
+    Example: `regard demo --items 30 --recipes none,vhr,var:transfer=0.3`
+    """
+    model, processor = load_model("miniature", "float32", "cpu")
+    _bench(model, processor, ["pope", "chair"], recipes, "miniature", out, items=items, seed=seed, batch_size=32)
+
+
+@app.command()
+@_reported
+def bench(
+    benchmarks: Annotated[list[str], typer.Argument(help="pope, chair, or both.")],
+    model: ModelOption,
+    out: Annotated[str, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
+    recipes: RecipesOption = "none,vhr,var",
+    data: Annotated[
+        str, typer.Option(help='"miniature", or a folder with images and COCO annotations or POPE questions.')
+    ] = "miniature",
+    images: Annotated[str | None, typer.Option(help="Folder of the images, when it is another.")] = None,
+    items: ItemsOption = 600,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Limit of one answer. Default: 16 for POPE, 512 for CHAIR.", min=1)
+    ] = None,
+    question_suffix: Annotated[str, typer.Option(help="Added to POPE's questions; \\n is a line break.")] = "",
+    parser: Annotated[str, typer.Option(help="How POPE's answers are read.")] = "official",
+    words: Annotated[
+        str | None, typer.Option(help="How CHAIR reduces words: wordnet (published; needs nltk) or regard.")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Run benchmarks on a model. Stopped at any time, the same command goes on where it was.
+
+    Example: `regard bench pope chair --model llava-hf/llava-1.5-7b-hf --recipes none,vhr,var
+    --data coco --items 500 --dtype float16 --out runs/llava`
+
+    The data folder holds images, and `instances*.json` with `captions*.json` (COCO) or `*pope*.json`
+    (questions), at any depth. An `images.txt` with one name per line limits the images.
+    """
+    from .evals.runner import check_names
+    from .evals.sources import find_sources
+
+    check_names(benchmarks, parser, words)  # before a large model is loaded
+    sources = data if data == "miniature" else find_sources(data, images)
+    loaded, processor = load_model(model, dtype, device)
+    _bench(
+        loaded, processor, benchmarks, recipes, sources, out, items=items, seed=seed, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, question_suffix=question_suffix.replace("\\n", "\n"), parser=parser,
+        words=words,
+    )  # fmt: skip
+
+
+def _bench(
+    model: Any, processor: Any, benchmarks: list[str], recipes: str, data: Any, out: str, **options: Any
+) -> None:
+    from .evals.runner import evaluate
+
+    command = shlex.join(["regard", *sys.argv[1:]])
+    results = evaluate(model, processor, benchmarks, recipes, data, out=out, command=command, **options)
+    _show(results)
+
+
+def _show(results: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    for part in results.rich():
+        console.print(part)
+    console.print(f"Page: {results.page}", soft_wrap=True)
+
+
+@app.command()
+@_reported
+def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Score a run afresh and write its page again.
+
+    Example: `regard report runs/demo`
+    """
+    from .evals.results import Results
+
+    results = Results.load(run)
+    results.write()
+    _show(results)
+
+
+@app.command()
+@_reported
+def recipes(pattern: Annotated[str, typer.Argument(help="Shell pattern of names, such as 'v*'.")] = "*") -> None:
+    """List the interventions: paper, kind, cost, and the models they have defaults for.
+
+    Example: `regard recipes 'v*'`
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from .hooks.errors import UnknownName
+    from .interventions import recipes as find
+
+    found = find(pattern)
+    if not found:
+        raise UnknownName("recipe", pattern, [entry.name for entry in find("*")])
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("name", "what it does", "kind", "cost", "paper", "defaults for"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for entry in found:
+        paper = f"{entry.paper}, arXiv {entry.arxiv}" if entry.arxiv else entry.paper
+        table.add_row(entry.name, entry.summary, entry.kind, entry.cost, paper, ", ".join(entry.models))
+    Console().print(table)
+
+
+@app.command()
+@_reported
+def doctor(
+    model: ModelOption = "miniature", dtype: DtypeOption = "auto", device: DeviceOption = None
+) -> None:
+    """Say what the engine finds in a model, and what would not work. Exit code 1 when something would not.
+
+    Example: `regard doctor --model llava-hf/llava-1.5-7b-hf`
+    """
+    from rich.console import Console
+
+    from .hooks.doctor import doctor as examine
+
+    found = examine(load_model(model, dtype, device)[0])
+    Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """The model (in eval mode) and processor of a name; safetensors only, and no code from the hub is run.
+
+    Raises:
+        ValueError: the dtype is unknown, or the model is not there.
+        OSError: the model cannot be read.
+    """
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    known = ("auto", "float32", "float16", "bfloat16")
+    if dtype not in known:
+        from .hooks.errors import UnknownName
+
+        raise UnknownName("dtype", dtype, known)
+    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "miniature":
+        from .evals.miniature import load_miniature
+
+        model, processor = load_miniature("lvlm")
+        model = model if dtype == "auto" else model.to(kind)
+        return model.to("cpu" if place == "auto" else place), processor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    options: dict[str, Any] = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False}
+    if place == "auto":
+        options["device_map"] = "auto"
+    model = AutoModelForImageTextToText.from_pretrained(name, **options)
+    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    return (model if place == "auto" else model.to(place)).eval(), processor
+
+
+def main() -> None:
+    """Entry point of the `regard` command. `--debug` may stand anywhere."""
+    arguments = sys.argv[1:]
+    if "--debug" in arguments:
+        arguments = ["--debug", *(part for part in arguments if part != "--debug")]
+    app(args=arguments, prog_name="regard")
+
+
+if __name__ == "__main__":
+    main()
