@@ -82,7 +82,9 @@ class Stream:
         seen = rows.take_along_dim(order[:, None, None, :], 3)
         if seen.dtype != torch.bool:
             seen = seen >= 0
-        own = torch.eye(order.shape[1], dtype=torch.bool, device=seen.device)  # padding sees itself: no empty row
+        own = torch.eye(
+            order.shape[1], dtype=torch.bool, device=seen.device
+        )  # padding sees itself: no empty row
         return (seen & self._valid[:, None, None, :]) | own
 
     def _step(self, decoder: nn.Module, embeds: Tensor) -> None:

@@ -60,7 +60,11 @@ class Session:
         else:
             self.image = ids == self.image_token
         self.prompt = ids.shape[1]
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] == self.prompt:
+        if (
+            isinstance(attention_mask, Tensor)
+            and attention_mask.ndim == 2
+            and attention_mask.shape[1] == self.prompt
+        ):
             padding = attention_mask == 0
             self.padding = padding if bool(padding.any()) else None
         if self.plan.needs_image and not bool(self.image.any()):

@@ -15,7 +15,8 @@ Which rows: every row of the prefill, the last prompt row included, and every de
 
 Where this differs from the paper's text: d is the squared Euclidean distance, as released (the
 median does not care, the outlier rule does). `variant="released"` also keeps the release's guard, which
-filters outliers only where the standard deviation of VHD exceeds 1.
+filters outliers only where the standard deviation of VHD exceeds 1. A head that the image moves by no
+more than rounding error (its window does not reach the image, say) has VHD 0 and is never chosen.
 """
 
 from __future__ import annotations
@@ -36,9 +37,14 @@ TEXT_ONLY = "without image"
 
 
 def head_divergence(with_image: Tensor, without: Tensor) -> Tensor:
-    """Squared Euclidean distance of head outputs (..., H, D) -> (..., H), in fp32 or wider."""
+    """Squared Euclidean distance of head outputs (..., H, D) -> (..., H), in fp32 or wider.
+
+    A distance within rounding error of the outputs' dtype counts as zero.
+    """
     wide = torch.promote_types(with_image.dtype, torch.float32)
-    return (with_image.to(wide) - without.to(wide)).square().sum(-1)
+    distance = (with_image.to(wide) - without.to(wide)).square().sum(-1)
+    relative = max(2 * torch.finfo(with_image.dtype).eps, 16 * torch.finfo(torch.float32).eps)
+    return torch.where(distance > relative**2 * without.to(wide).square().sum(-1), distance, 0.0)
 
 
 def drop_outliers(divergence: Tensor, without: Tensor, guard: float | None) -> Tensor:

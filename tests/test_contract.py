@@ -29,7 +29,9 @@ def edit_of(kind: str, family: Family) -> Any:
         return regard.Bias(tuple(range(family.text_layers)), image_bias)
     if kind == "vhr":
         return regard.VHR(alpha=3.0, layers=self_layers(family))
-    return regard.VAR(sink_dims=(3, 11, 20, 40), tau=1.6, min_visual=0.0, rho=0.0, transfer=0.9, layers=self_layers(family))
+    return regard.VAR(
+        sink_dims=(3, 11, 20, 40), tau=1.6, min_visual=0.0, rho=0.0, transfer=0.9, layers=self_layers(family)
+    )
 
 
 def self_layers(family: Family) -> tuple[int, ...]:
@@ -47,9 +49,16 @@ def generate(family: Family, inputs: dict[str, Tensor], **more: Any) -> tuple[Te
 def is_clean(family: Family) -> bool:
     modules = list(family.model.modules())
     hooks = [h for m in modules for h in [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]]
-    ours = [h for h in hooks if getattr(h, "func", h).__module__.startswith("regard")]  # transformers leaves its own
+    ours = [
+        h for h in hooks if getattr(h, "func", h).__module__.startswith("regard")
+    ]  # transformers leaves its own
     routed = family.decoder.config._attn_implementation != "sdpa"
-    return not ours and not routed and not any(m in claims for m in modules) and "generate" not in vars(family.model)
+    return (
+        not ours
+        and not routed
+        and not any(m in claims for m in modules)
+        and "generate" not in vars(family.model)
+    )
 
 
 @pytest.fixture(params=FAMILY_NAMES)
@@ -64,7 +73,9 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def has_image_in_text(family: Family, kind: str) -> None:
     if family.model.config.model_type == "mllama" and kind == "var":
-        pytest.skip("Mllama's image is in its cross-attention: self-attention holds no image token to redistribute to")
+        pytest.skip(
+            "Mllama's image is in its cross-attention: self-attention holds no image token to redistribute to"
+        )
 
 
 def test_null_edit_and_detach_are_bit_exact(family: Family) -> None:
@@ -163,7 +174,9 @@ def test_two_models_and_two_threads(family: Family) -> None:
 def test_cache_equals_no_cache(family: Family, kind: str) -> None:
     has_image_in_text(family, kind)
     if family.name in BLIPS:
-        pytest.skip("generate of this class turns the cache on whatever it is told, so there is nothing to compare")
+        pytest.skip(
+            "generate of this class turns the cache on whatever it is told, so there is nothing to compare"
+        )
     inputs = family.batch([{"text": 5, "seed": 1}, {"text": 9, "seed": 2}])
     with regard.apply(family.model, edit_of(kind, family)):
         ids, logits = generate(family, inputs)
@@ -203,7 +216,9 @@ def test_uneven_images_in_one_batch(family: Family, kind: str) -> None:
     with regard.apply(family.model, edit_of(kind, family)):
         _, logits = generate(family, family.batch([*specs, {"text": 7, "seed": 3, "image": False}]))
         for row, spec in enumerate(specs):
-            assert torch.allclose(logits[row], generate(family, family.batch([spec]))[1][0], **CLOSE), f"row {row}"
+            assert torch.allclose(logits[row], generate(family, family.batch([spec]))[1][0], **CLOSE), (
+                f"row {row}"
+            )
     plain = generate(family, family.batch([{"text": 7, "seed": 3, "image": False}]))[1][0]
     assert torch.allclose(logits[2], plain, **CLOSE)  # no image, nothing to edit
 
