@@ -215,7 +215,8 @@ class Engine:
             site = next(site for site in self.anatomy.sites if site.layer == missed[0])
             raise CannotEdit(
                 f"layer {missed[0]} was never reached: {site.path} ({type(site.module).__name__}) does not call "
-                "transformers' attention function (replaced by a fused or quantised kernel?); nothing there can be edited"
+                "transformers' attention function (replaced by a fused or quantised kernel?); "
+                "nothing there can be edited"
             )
         session.checked = True
 

@@ -70,8 +70,8 @@ class Session:
         if self.plan.needs_image and not bool(self.image.any()):
             raise NoImageTokens(
                 f"{self.plan.needs_image} needs an image, but none of the {ids.shape[0]} prompts "
-                f"(length {self.prompt}) holds the image token {self.image_token}: put the processor's image token into the text and pass "
-                "the image, or take the baseline with run.off()"
+                f"(length {self.prompt}) holds the image token {self.image_token}: put the processor's image "
+                "token into the text and pass the image, or take the baseline with run.off()"
             )
 
     def begin(self, batch: int, rows: int, seen: int, cached: bool) -> None:

@@ -38,6 +38,7 @@ _TABLE: Mapping[tuple[str, int, int, int | None], KnownSinks] = {
     ("qwen2_5_vl", 3584, 28, None): KnownSinks((458, 2570), PAPER_TAU, "third party, Qwen2.5-VL-7B"),
     ("qwen2_5_vl", 5120, 64, None): KnownSinks((4675, 3094), PAPER_TAU, "third party, Qwen2.5-VL-32B"),
     ("qwen3_vl", 2048, 28, None): KnownSinks((1793, 1999, 1401), PAPER_TAU, "third party, Qwen3-VL-2B"),
+    ("llama", 128, 6, None): KnownSinks((0, 1), PAPER_TAU * (128 / PAPER_HIDDEN) ** 0.5, "miniature LVLM"),
     ("qwen3_vl", 4096, 36, None): KnownSinks((1838,), PAPER_TAU, "third party, Qwen3-VL-8B"),
 }
 

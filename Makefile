@@ -1,0 +1,47 @@
+# make demo   install into .venv and run the main job on the embedded model
+# make test   install into .venv and run linters, types and tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A machine without an NVIDIA card gets the CPU build: gigabytes less to download.
+CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --retries 2
+TORCH ?= torch==2.13.0 $(if $(shell command -v nvidia-smi),,$(CPU_TORCH))
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+EDITABLE := --config-settings editable_mode=compat
+
+.PHONY: demo test lint format install install-dev clean
+
+demo: install
+	$(BIN)/regard demo
+
+test: install-dev lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(PIP) -e . $(EDITABLE)
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.torch
+	$(PIP) -e '.[dev]' $(EDITABLE)
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs
