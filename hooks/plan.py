@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -108,8 +108,7 @@ class Plan:
         self.branches: list[Branch] = []
         for number, (owner, edit) in enumerate((c, edit) for c in contributions for edit in c.edits):
             if isinstance(edit, Branch):
-                if all(edit != other for other in self.branches):
-                    self.branches.append(edit)
+                _add_branch(self.branches, edit)
                 continue
             for layer in edit.layers:
                 key, tally = (number, layer), owner.tally(edit, layer)
@@ -132,6 +131,27 @@ class Plan:
     def reading(self) -> tuple[int, ...]:
         """Layers whose head outputs some branch keeps."""
         return tuple(sorted({layer for branch in self.branches for layer in branch.layers}))
+
+
+def _add_branch(branches: list[Branch], new: Branch) -> None:
+    """One stream serves all branches of one name over the same tokens; each combination acts in its turn."""
+    for number, old in enumerate(branches):
+        if old == new:
+            return
+        if (old.name, old.keep) == (new.name, new.keep):
+            layers = tuple(sorted({*old.layers, *new.layers}))
+            combine = _in_turn(old, new) if old.combine and new.combine else old.combine or new.combine
+            every_step = old.every_step or new.every_step
+            branches[number] = replace(old, layers=layers, every_step=every_step, combine=combine)
+            return
+    branches.append(new)
+
+
+def _in_turn(first: Branch, second: Branch) -> Callable[[Tensor, Tensor], Tensor]:
+    before, after = first.combine, second.combine
+    assert before is not None
+    assert after is not None
+    return lambda logits, stream: after(before(logits, stream), stream)
 
 
 def _needs_image(edit: Edit) -> bool:

@@ -15,6 +15,7 @@ from ..hooks.run import Run
 
 PAPER_TAU = 20.0
 PAPER_HIDDEN = 4096
+LEAST_TAU = 5.0  # a Gaussian channel does not reach this, however narrow the model
 
 
 class KnownSinks(NamedTuple):
@@ -38,7 +39,7 @@ _TABLE: Mapping[tuple[str, int, int, int | None], KnownSinks] = {
     ("qwen2_5_vl", 3584, 28, None): KnownSinks((458, 2570), PAPER_TAU, "third party, Qwen2.5-VL-7B"),
     ("qwen2_5_vl", 5120, 64, None): KnownSinks((4675, 3094), PAPER_TAU, "third party, Qwen2.5-VL-32B"),
     ("qwen3_vl", 2048, 28, None): KnownSinks((1793, 1999, 1401), PAPER_TAU, "third party, Qwen3-VL-2B"),
-    ("llama", 128, 6, None): KnownSinks((0, 1), PAPER_TAU * (128 / PAPER_HIDDEN) ** 0.5, "miniature LVLM"),
+    ("llama", 128, 6, None): KnownSinks((7,), LEAST_TAU, "trained so, the miniature LVLM"),
     ("qwen3_vl", 4096, 36, None): KnownSinks((1838,), PAPER_TAU, "third party, Qwen3-VL-8B"),
 }
 
@@ -74,7 +75,7 @@ class SinkDimensions:
 
     Attributes:
         dims: channels that are outlying in more than half of the layers, strongest first; may be empty.
-        tau: VAR's threshold at the same share of a token's energy as 20 has at 4,096 channels.
+        tau: VAR's threshold at the same share of a token's energy as 20 has at 4,096 channels, at least 5.
         strength: mean over layers of the largest |x| / rms(x) of each channel, (C,).
     """
 
@@ -89,7 +90,7 @@ def sink_dimensions(model: nn.Module, inputs: Mapping[str, Any], most: int = 4) 
 
     A channel counts in a layer from 2 on when the largest |x| / rms(x) that any token reaches there is at
     least tau, which for a width of C channels is 20 * sqrt(C / 4096): a tenth of the token's energy in
-    one channel. It is a sink dimension when it counts in more than half of these layers.
+    one channel, and never less than 5. It is a sink dimension when it counts in more than half of these layers.
 
     Args:
         model: any model that the engine can attach to.
@@ -100,7 +101,7 @@ def sink_dimensions(model: nn.Module, inputs: Mapping[str, Any], most: int = 4) 
         CannotEdit: the engine cannot attach to this model.
     """
     parts = anatomy(base_of(model))
-    tau = PAPER_TAU * (parts.hidden / PAPER_HIDDEN) ** 0.5
+    tau = max(LEAST_TAU, PAPER_TAU * (parts.hidden / PAPER_HIDDEN) ** 0.5)
     layers = parts.self_layers[2:] or parts.self_layers
 
     def read(hidden: Tensor, session: Any) -> Tensor:

@@ -94,7 +94,9 @@ def _options(
 @_reported
 def demo(
     items: ItemsOption = 60,
-    out: Annotated[str, typer.Option(help="Folder of the run; an unfinished run there goes on.")] = "runs/demo",
+    out: Annotated[
+        str, typer.Option(help="Folder of the run; an unfinished run there goes on.")
+    ] = "runs/demo",
     seed: SeedOption = 0,
     recipes: RecipesOption = "none,vhr,var",
 ) -> None:
@@ -103,7 +105,9 @@ def demo(
     Example: `regard demo --items 30 --recipes none,vhr,var:transfer=0.3`
     """
     model, processor = load_model("miniature", "float32", "cpu")
-    _bench(model, processor, ["pope", "chair"], recipes, "miniature", out, items=items, seed=seed, batch_size=32)
+    _bench(
+        model, processor, ["pope", "chair"], recipes, "miniature", out, items=items, seed=seed, batch_size=32
+    )
 
 
 @app.command()
@@ -123,7 +127,9 @@ def bench(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Limit of one answer. Default: 16 for POPE, 512 for CHAIR.", min=1)
     ] = None,
-    question_suffix: Annotated[str, typer.Option(help="Added to POPE's questions; \\n is a line break.")] = "",
+    question_suffix: Annotated[
+        str, typer.Option(help="Added to POPE's questions; \\n is a line break.")
+    ] = "",
     parser: Annotated[str, typer.Option(help="How POPE's answers are read.")] = "official",
     words: Annotated[
         str | None, typer.Option(help="How CHAIR reduces words: wordnet (published; needs nltk) or regard.")
@@ -187,7 +193,9 @@ def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished or
 
 @app.command()
 @_reported
-def recipes(pattern: Annotated[str, typer.Argument(help="Shell pattern of names, such as 'v*'.")] = "*") -> None:
+def recipes(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern of names, such as 'v*'.")] = "*",
+) -> None:
     """List the interventions: paper, kind, cost, and the models they have defaults for.
 
     Example: `regard recipes 'v*'`

@@ -1,0 +1,368 @@
+"""The results page: one HTML file with its style, plots and images inside."""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .results import ITEMS, MINIATURE_NOTE, TITLES, Results, chair_rows
+from .run_folder import Record, slug
+from .scores import Score
+from .settings import BASELINE
+from .tables import number, p_value, span, verdict
+
+EXAMPLES = 5
+DISAGREEMENTS = 8
+_THUMBNAIL = 360  # pixels of the longer side
+
+
+def write_report(results: Results, files: Mapping[str, Path] | None = None) -> Path:
+    """Write `report.html` into the run's folder.
+
+    Args:
+        results: what to show.
+        files: image files by name; those that the page shows are copied, small, into the run.
+    """
+    captions = caption_examples(results) if "chair" in results.metrics else None
+    answers = pope_disagreements(results) if "pope" in results.metrics else None
+    shown = [row["image"] for part in (captions, answers) if part for row in part["rows"]]
+    _keep_thumbnails(results.path, dict.fromkeys(shown), files or {})
+    text = _template("report.html.j2").render(
+        title=_title(results),
+        headline=headline(results),
+        note=MINIATURE_NOTE if results.miniature else None,
+        unfinished=results.unfinished,
+        legend=_legend(results),
+        blocks=[_block(results, benchmark) for benchmark in results.metrics],
+        captions=captions,
+        answers=answers,
+        picture=lambda name: _data_uri(results.path / "data" / "images" / Path(name).name),
+        setup=_setup(results),
+        engine=_engine_reports(results),
+    )
+    results.folder.write_text("report.html", text)
+    return results.page
+
+
+def html_tables(results: Results) -> str:
+    """The tables alone, for a notebook."""
+    blocks = [_block(results, benchmark, plotted=False) for benchmark in results.metrics]
+    return _template("tables.html.j2").render(
+        blocks=blocks, note=MINIATURE_NOTE if results.miniature else None
+    )
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).resolve().parent)
+    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def _template(name: str) -> Any:
+    return _environment().get_template(name)
+
+
+def _title(results: Results) -> str:
+    names = " and ".join(TITLES[benchmark] for benchmark in results.metrics)
+    return f"{names} on {results.config['model_name']}"
+
+
+def _thousands(count: int) -> str:
+    return f"{count:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def _others(results: Results) -> list[str]:
+    return [recipe for recipe in results.config["recipes"] if recipe != BASELINE]
+
+
+def headline(results: Results) -> list[str]:
+    """Sentences on what was run and what came of it, without judging beyond the intervals."""
+    done = []
+    for benchmark, recipes in results.metrics.items():
+        first = recipes[BASELINE]
+        if benchmark == "pope":
+            done.append(
+                f"{_thousands(first['items'])} POPE questions on {_thousands(first['images'])} images"
+            )
+        else:
+            done.append(f"descriptions of {_thousands(first['images'])} images")
+    others = _others(results)
+    compared = f", without and with {_listing(others)}" if others else ", without any recipe"
+    sentences = [f"{results.config['model_name']}: {' and '.join(done)}{compared}."]
+    for benchmark, key in (("pope", "mean_f1"), ("chair", "chair_s"), ("chair", "chair_i")):
+        if len(results.metrics.get(benchmark, ())) > 1:
+            score = next(s for s in results.scores(benchmark) if s.key == key)
+            sentences.append(_change_sentence(benchmark, score, results.metrics[benchmark]))
+    return sentences
+
+
+def _change_sentence(benchmark: str, score: Score, recipes: Mapping[str, Any]) -> str:
+    start = number(recipes[BASELINE]["scores"][score.key]["value"], score)
+    parts = []
+    for recipe, metrics in recipes.items():
+        if recipe == BASELINE:
+            continue
+        entry = metrics["scores"][score.key]
+        change = entry["difference"]
+        sure = verdict(entry, score) or "within chance"
+        parts.append(
+            f"{number(entry['value'], score)} with {recipe} ({number(change['value'], score, True)}, {sure})"
+        )
+    where = "POPE " if benchmark == "pope" else ""
+    aim = ", where less is better" if score.better < 0 else ""
+    return f"{where}{score.title} is {start} without{aim}; {_listing(parts)}."
+
+
+def _listing(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _legend(results: Results) -> list[dict[str, Any]]:
+    return [
+        {"recipe": recipe, "colour": plots.style(place)[0], "symbol": plots.style(place)[1]}
+        for place, recipe in enumerate(results.config["recipes"])
+    ]
+
+
+def _block(results: Results, benchmark: str, plotted: bool = True) -> dict[str, Any]:
+    """What the page shows for one benchmark."""
+    recipes = results.metrics[benchmark]
+    rows = []
+    for score in results.scores(benchmark):
+        cells = [_cell(metrics["scores"][score.key], score) for metrics in recipes.values()]
+        aim = {1: "more is better", -1: "less is better", 0: ""}[score.better]
+        group = "" if score.main else score.key.rpartition(".")[0]
+        rows.append({"title": score.title, "aim": aim, "cells": cells, "main": score.main, "group": group})
+    first = recipes[BASELINE]
+    return {
+        "name": TITLES[benchmark],
+        "recipes": list(recipes),
+        "rows": rows,
+        "counts": _count_rows(benchmark, recipes),
+        "size": f"{_thousands(first['items'])} {ITEMS[benchmark]} on {_thousands(first['images'])} images",
+        "plots": _plots(benchmark, recipes) if plotted else [],
+        "reading": _reading(benchmark, first),
+    }
+
+
+def _cell(entry: Mapping[str, Any], score: Score) -> dict[str, Any]:
+    change = entry.get("difference")
+    cell: dict[str, Any] = {
+        "value": number(entry["value"], score),
+        "span": span(entry, score),
+        "change": None,
+    }
+    if change:
+        cell["change"] = {
+            "value": number(change["value"], score, True),
+            "span": span(change, score, True),
+            "p": p_value(change["p"]),
+            "verdict": verdict(entry, score),
+        }
+    return cell
+
+
+def _count_rows(benchmark: str, recipes: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Facts beside the scores, one row each: (title, one cell per recipe)."""
+    found = list(recipes.values())
+    rows = []
+    if benchmark == "pope":
+        rows.append(("unclear answers", [f"{m['unclear']} of {m['items']}" for m in found]))
+    good, bad = (
+        ("became right", "became wrong") if benchmark == "pope" else ("became clean", "ceased to be clean")
+    )
+    if len(found) > 1:
+        tests = [m.get("mcnemar") for m in found]
+        rows.append((good, ["" if t is None else str(t["gained"]) for t in tests]))
+        rows.append((bad, ["" if t is None else str(t["lost"]) for t in tests]))
+        rows.append(("McNemar, exact p", ["" if t is None else p_value(t["p"]) for t in tests]))
+    rows.append(("cut by the token limit", [str(m["cut"]) for m in found]))
+    rows.append(("median time of one", [f"{m['median_seconds'] * 1000:.0f} ms" for m in found]))
+    return rows
+
+
+def _reading(benchmark: str, first: Mapping[str, Any]) -> str:
+    if benchmark == "pope":
+        return f"Answers are read by the {first['parser']} parser. Means are over the splits."
+    return (
+        f"CHAIR_S is the share of captions that name an object that is not there, CHAIR_I the share of such "
+        f"mentions. Words: {first['words']}. A recipe that makes captions shorter lowers both, so recall and "
+        "length stand beside them."
+    )
+
+
+def _plots(benchmark: str, recipes: Mapping[str, Any]) -> list[dict[str, str]]:
+    if benchmark == "pope":
+        splits = [key[: -len(".f1")] for key in next(iter(recipes.values()))["scores"] if key.endswith(".f1")]
+        changes = [("mean F1", "mean_f1"), *((f"F1, {split}", f"{split}.f1") for split in splits)]
+        changes += [("accuracy", "mean_accuracy"), ("yes ratio", "mean_yes_ratio")]
+        values = [(split, plots.dots(recipes, f"{split}.f1")) for split in splits]
+        second = (
+            "F1 in each split",
+            plots.intervals("F1 in each split", values, "F1, percent", name="pope-values"),
+        )
+    else:
+        changes = [("CHAIR_S", "chair_s"), ("CHAIR_I", "chair_i"), ("recall", "recall"), ("F1", "f1")]
+        pairs = list(zip(plots.dots(recipes, "recall"), plots.dots(recipes, "chair_i"), strict=False))
+        title = "Hallucinated mentions against recall: lower right is better"
+        axes = ("recall, percent", "CHAIR_I, percent")
+        second = (title, plots.against(title, pairs, axes, name="chair-values"))
+    found = []
+    if len(recipes) > 1:
+        title = "Change against none, with 95 % intervals"
+        rows = [(label, plots.dots(recipes, key, change=True)) for label, key in changes]
+        rows = [(label, dots) for label, dots in rows if dots]
+        if rows:
+            svg = plots.intervals(title, rows, "percentage points", zero=True, name=f"{benchmark}-change")
+            found.append({"title": title, "svg": svg})
+    found.append({"title": second[0], "svg": second[1]})
+    return found
+
+
+def caption_examples(results: Results) -> dict[str, Any]:
+    """Images with every recipe's caption, their objects marked; chosen by a rule that favours no recipe."""
+    recipes = list(results.metrics["chair"])
+    rows: dict[str, dict[str, Record]] = {}
+    for recipe in recipes:
+        for row in chair_rows(results.folder, results.items("chair", recipe)):
+            rows.setdefault(row["image"], {})[recipe] = row
+    whole = {image: found for image, found in rows.items() if len(found) == len(recipes)}
+
+    def rank(found: Mapping[str, Record]) -> int:
+        wrong = [frozenset(mark[3] for mark in row["marks"] if not mark[2]) for row in found.values()]
+        return 0 if len(set(wrong)) > 1 else 1 if any(wrong) else 2
+
+    order = sorted(whole, key=lambda image: rank(whole[image]))[:EXAMPLES]
+    return {
+        "rows": [
+            {
+                "image": image,
+                "captions": [
+                    (recipe, _marked(found["caption"], found["marks"]))
+                    for recipe, found in whole[image].items()
+                ],
+                "truth": next(iter(whole[image].values()))["truth"],
+            }
+            for image in order
+        ],
+        "differ": sum(rank(found) == 0 for found in whole.values()),
+        "total": len(whole),
+    }
+
+
+def _marked(text: str, marks: Iterable[tuple[int, int, bool, str]]) -> list[tuple[str, str, str]]:
+    """(text, kind, object) pieces of a caption: kind is "right", "wrong", or "" for other words."""
+    pieces, place = [], 0
+    for start, end, right, thing in sorted(marks):
+        if start < place:
+            continue
+        pieces += [(text[place:start], "", ""), (text[start:end], "right" if right else "wrong", thing)]
+        place = end
+    return [*pieces, (text[place:], "", "")]
+
+
+def pope_disagreements(results: Results) -> dict[str, Any] | None:
+    """The first questions that the recipes answer differently, one per image."""
+    from .pope import parse
+
+    recipes = list(results.metrics["pope"])
+    if len(recipes) < 2:
+        return None
+    parser = results.config["scoring"]["parser"]
+    answers = {recipe: results.items("pope", recipe) for recipe in recipes}
+    seen: set[tuple[str, str]] = set()
+    found: list[Record] = []
+    asked: set[tuple[str, str]] = set()
+    for item, record in answers[BASELINE].items():
+        key = (record["image"], record["question"])
+        if key in asked:
+            continue
+        asked.add(key)
+        label = record["label"]
+        said = [(recipe, answers[recipe][item]["answer"]) for recipe in recipes]
+        read = [parse(answer, parser, label) for _, answer in said]
+        if len(set(read)) > 1:
+            seen.add(key)
+            cells = [
+                (recipe, answer, value == label) for (recipe, answer), value in zip(said, read, strict=True)
+            ]
+            found.append(
+                {"image": record["image"], "question": record["question"], "label": label, "answers": cells}
+            )
+    one_each = {row["image"]: row for row in reversed(found)}
+    rows = [row for row in found if one_each[row["image"]] is row]
+    return {"rows": rows[:DISAGREEMENTS], "differ": len(seen), "total": len(asked), "recipes": recipes}
+
+
+def _setup(results: Results) -> list[tuple[str, list[str]]]:
+    """What one needs to run it again: (title, lines)."""
+    config = results.config
+    model = config["model"]
+    lines: list[tuple[str, list[str]]] = [
+        (
+            "model",
+            [
+                f"{config['model_name']}, {model['class']}, {_thousands(model['parameters'])} parameters, {model['dtype']}"
+            ],
+        ),
+        ("versions", [", ".join(f"{name} {version}" for name, version in config["versions"].items())]),
+    ]
+    for name, part in config["data"].items():
+        facts = [f"{part['images']} images, SHA-256 {part['images_sha256'][:16]}…"]
+        if "questions" in part:
+            facts.append(
+                f"{part['questions']} questions (version: {part['version']}), SHA-256 {part['questions_sha256'][:16]}…"
+            )
+        lines.append((f"{TITLES[name]} data", [str(config["source"]), *facts]))
+    lines.append(("draw", [f"at most {config['items']} images, seed {config['seed']}"]))
+    for name, prompt in config["prompts"].items():
+        limit = config["generation"][name]["max_new_tokens"]
+        lines.append((f"{TITLES[name]} prompt", [prompt, f"greedy, at most {limit} new tokens"]))
+    for label, parts in config["recipes"].items():
+        described = [
+            ", ".join(f"{key}={value}" if key != "class" else str(value) for key, value in part.items())
+            for part in parts
+        ]
+        lines.append((f"recipe {label}", described or ["the same engine with a null edit"]))
+    for session in config["sessions"]:
+        facts = f"started {session['started']}, batch size {session['batch_size']}, {session['device']}, Python {session['python']}"
+        lines.append(("session", [*([session["command"]] if session["command"] else []), facts]))
+    return lines
+
+
+def _engine_reports(results: Results) -> list[tuple[str, str]]:
+    found = []
+    for benchmark in results.metrics:
+        for recipe in results.metrics[benchmark]:
+            report = results.folder.read_json(f"reports/{benchmark}-{slug(recipe)}.json")
+            if report:
+                found.append((f"{TITLES[benchmark]}, {recipe}", report["text"]))
+    return found
+
+
+def _keep_thumbnails(run: Path, names: Iterable[str], files: Mapping[str, Path]) -> None:
+    from PIL import Image
+
+    for name in names:
+        kept = run / "data" / "images" / Path(name).name
+        if kept.is_file() or name not in files:
+            continue
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(files[name]).convert("RGB")
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        image.save(kept, quality=85)
+
+
+def _data_uri(file: Path) -> str | None:
+    if not file.is_file():
+        return None
+    from PIL import Image
+
+    content = file.read_bytes()
+    kind = (Image.open(BytesIO(content)).format or "png").lower()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

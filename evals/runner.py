@@ -1,0 +1,363 @@
+"""Run benchmarks on a model with and without interventions; every item is on disk as soon as it is done."""
+
+import hashlib
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..hooks.errors import UnknownName
+from .data import MINIATURE, Dataset, load_data
+from .generation import generate, left_padding, make_inputs, make_prompt
+from .pope import PARSERS
+from .results import Results, build_results
+from .run_folder import EvalError, Record, RunFolder, slug
+from .settings import Recipe, Setting, find_sinks, make_settings
+from .sources import Sources
+from .words import chair_words
+
+BENCHMARKS = ("pope", "chair")
+CAPTION_PROMPT = "Please describe this image in detail."
+_SINK_IMAGES = 8
+# POPE's answers are read up to the first full stop; CHAIR's published setting for whole descriptions is 512.
+_MAX_NEW_TOKENS = {"pope": 16, "chair": 512}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One generation; twins (one question that stands in several splits) are generated once."""
+
+    image: str
+    text: str
+    ids: list[str] = field(default_factory=list)
+    facts: list[Record] = field(default_factory=list)
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    benchmark: str | Sequence[str] = "pope",
+    recipes: Sequence[Recipe] | Mapping[str, Recipe] | str = ("none", "vhr"),
+    data: str | Path | Sources = "miniature",
+    *,
+    items: int = 600,
+    seed: int = 0,
+    out: str | Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | Mapping[str, int] | None = None,
+    question_suffix: str = "",
+    caption_prompt: str = CAPTION_PROMPT,
+    template: str | None = None,
+    parser: str = "official",
+    words: str | None = None,
+    drop_unfinished: bool = False,
+    progress: bool = True,
+    command: str | None = None,
+) -> Results:
+    """Measure what recipes do to hallucination, item by item against the same model without them.
+
+    Answers are greedy. The baseline "none" (the engine with a null edit) always runs, first. Starting again
+    with the same `out` goes on after the last finished item.
+
+    Args:
+        model: a transformers image-text-to-text model, in eval mode.
+        processor: its processor.
+        benchmark: "pope", "chair", or both.
+        recipes: names ("vhr", "var:transfer=0.3", "vhr+var"), intervention objects, or {label: recipe}.
+        data: "miniature", a folder with images and COCO or POPE files, or `Sources`.
+        items: most images of each benchmark. POPE asks up to eighteen questions on an image.
+        seed: of the draw of images, the miniature's scenes, and the questions that are built.
+        out: the run's folder. None keeps it in a temporary place until `Results.save`.
+        batch_size: prompts generated at once. Smaller batches need less memory.
+        max_new_tokens: limit for one answer, or one per benchmark; None is 16 for POPE and 512 for CHAIR.
+        question_suffix: added to POPE's questions, for instance
+            "\\nAnswer the question using a single word or phrase." as LLaVA does.
+        caption_prompt: what CHAIR asks for.
+        template: the prompt with `{question}` in it; None uses the processor's chat template.
+        parser: how an answer is read as yes or no: one of `pope.PARSERS`.
+        words: how CHAIR reduces words, see `words.chair_words`; None takes "regard" for the miniature, and
+            else the published "wordnet" where nltk and its data are installed.
+        drop_unfinished: for CHAIR, leave out a last sentence that the token limit cut off.
+        progress: show progress bars.
+        command: noted in the run, for instance the command line.
+
+    Raises:
+        UnknownName: no benchmark, recipe or parser has that name.
+        DataError: images or annotations are missing.
+        RunFolderError: `out` cannot be used for this run.
+        EvalError: the model is in training mode, or another argument makes no sense.
+    """
+    benchmarks = [benchmark] if isinstance(benchmark, str) else list(dict.fromkeys(benchmark))
+    words = check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
+    _check_model(model, batch_size)
+    settings = make_settings(recipes, model)
+    limits = _limits(benchmarks, max_new_tokens)
+    prompts = {"pope": f"{{question}}{question_suffix}", "chair": caption_prompt}
+    temporary = None if out is not None else tempfile.TemporaryDirectory(prefix="regard-run-")
+    with tempfile.TemporaryDirectory(prefix="regard-data-") as scratch:
+        dataset = load_data(data, benchmarks, items, seed, Path(scratch), words)
+        settings = _prepare(
+            settings, model, processor, dataset, make_prompt(processor, caption_prompt, template)
+        )
+        config = {
+            "benchmarks": benchmarks,
+            "source": dataset.name,
+            "model_name": model_name(model),
+            "items": items,
+            "seed": seed,
+            "model": describe_model(model, processor),
+            "data": dataset.describe(),
+            "prompts": {name: make_prompt(processor, prompts[name], template) for name in benchmarks},
+            "generation": {
+                name: {"max_new_tokens": limits[name], "do_sample": False, "num_beams": 1}
+                for name in benchmarks
+            },
+            "recipes": {setting.label: setting.describe() for setting in settings},
+            "scoring": {"parser": parser, "words": words, "drop_unfinished": drop_unfinished},
+            "versions": _versions(),
+            "sessions": [_session(model, batch_size, command)],
+        }
+        folder = RunFolder.create(out if temporary is None else temporary.name, config)
+        try:
+            _keep_data(folder, dataset)
+            work = {name: _work(dataset, name, prompts[name]) for name in benchmarks}
+            runner = _Runner(model, processor, folder, dataset, template, batch_size, limits)
+            runner.run(work, settings, progress)
+            results = build_results(folder, temporary)
+            results.write(dataset.files)
+        finally:
+            folder.close()
+    return results
+
+
+class _Runner:
+    """Generates what is not on disk yet."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        folder: RunFolder,
+        dataset: Dataset,
+        template: str | None,
+        batch_size: int,
+        limits: Mapping[str, int],
+    ) -> None:
+        self.model, self.processor, self.folder = model, processor, folder
+        self.dataset, self.template, self.batch_size, self.limits = dataset, template, batch_size, limits
+
+    def run(self, work: Mapping[str, list[_Work]], settings: Sequence[Setting], progress: bool) -> None:
+        """Every benchmark with every setting, the baseline first."""
+        with _bars(progress) as bars, left_padding(self.processor):
+            for benchmark, units in work.items():
+                for setting in settings:
+                    self._run_one(benchmark, setting, units, bars)
+
+    def _run_one(self, benchmark: str, setting: Setting, units: list[_Work], bars: Any) -> None:
+        self.folder.drop_torn_line(benchmark, setting.label)
+        done = self.folder.read_items(benchmark, setting.label)
+        total = sum(len(unit.ids) for unit in units)
+        task = bars.add_task(f"{benchmark} {setting.label}", total=total, completed=len(done))
+        # Batches are cut before the finished items leave them, so a resumed run forms the same ones.
+        batches = [units[place : place + self.batch_size] for place in range(0, len(units), self.batch_size)]
+        waiting = [[unit for unit in batch if not done.keys() >= set(unit.ids)] for batch in batches]
+        if not any(waiting):
+            return
+        with setting.attach(self.model) as run:
+            for batch in filter(None, waiting):
+                records = self._answer(benchmark, setting, batch, done)
+                self.folder.append(benchmark, setting.label, records)
+                bars.advance(task, len(records))
+            report = run.report()
+        self.folder.write_json(
+            f"reports/{benchmark}-{slug(setting.label)}.json", {"text": str(report), **report.to_dict()}
+        )
+
+    def _answer(
+        self, benchmark: str, setting: Setting, batch: Sequence[_Work], done: Mapping[str, Record]
+    ) -> list[Record]:
+        prompts = [make_prompt(self.processor, unit.text, self.template) for unit in batch]
+        images = [Image.open(self.dataset.files[unit.image]).convert("RGB") for unit in batch]
+        start = time.perf_counter()
+        try:
+            replies = generate(self.model, self.processor, prompts, images, self.limits[benchmark])
+        except torch.OutOfMemoryError as error:
+            raise EvalError(
+                f"{benchmark} with {setting.label}: out of memory at batch size {self.batch_size}. Start again "
+                "with a smaller one: finished items are kept"
+            ) from error
+        seconds = (time.perf_counter() - start) / len(batch)
+        records = []
+        for unit, prompt, reply in zip(batch, prompts, replies, strict=True):
+            for item, facts in zip(unit.ids, unit.facts, strict=True):
+                if item in done:
+                    continue
+                record = {"id": item, "image": unit.image, "recipe": setting.label, **facts, "prompt": prompt}
+                record |= {"answer": reply.text, "tokens": reply.tokens, "cut": reply.cut}
+                record["seconds"] = round(seconds, 5) if item == unit.ids[0] else 0.0
+                if item != unit.ids[0]:
+                    record["same_as"] = unit.ids[0]
+                records.append(record)
+        return records
+
+
+def _prepare(
+    settings: list[Setting], model: Any, processor: Any, dataset: Dataset, prompt: str
+) -> list[Setting]:
+    """Settle what depends on the model, and attach each setting once, so that what cannot work fails now."""
+
+    def inputs() -> Mapping[str, Any]:
+        files = list(dataset.files.values())[:_SINK_IMAGES]
+        images = [Image.open(file).convert("RGB") for file in files]
+        with left_padding(processor):
+            return dict(make_inputs(model, processor, [prompt] * len(images), images))
+
+    settings = find_sinks(settings, model, inputs)
+    for setting in settings:
+        with setting.attach(model):
+            pass
+    return settings
+
+
+def _work(dataset: Dataset, benchmark: str, prompt: str) -> list[_Work]:
+    """What to generate, like beside like: short batches pad less."""
+    units: dict[tuple[str, str], _Work] = {}
+    if benchmark == "pope":
+        for split, questions in dataset.questions.items():
+            for q in questions:
+                text = prompt.replace("{question}", q.text)
+                unit = units.setdefault((q.image, text), _Work(q.image, text))
+                unit.ids.append(f"{split}/{q.question_id}")
+                unit.facts.append({"split": split, "label": q.label, "question": q.text})
+    else:
+        for image in dataset.truth:
+            units[image, prompt] = _Work(image, prompt, [image], [{}])
+    sizes = {
+        image: Image.open(dataset.files[image]).size for image in {unit.image for unit in units.values()}
+    }
+    return sorted(units.values(), key=lambda unit: (sizes[unit.image], len(unit.text), unit.image, unit.text))
+
+
+def check_names(benchmarks: Sequence[str], parser: str, words: str | None) -> str:
+    """Raise for a name that nobody knows; the name of the word configuration otherwise."""
+    if not benchmarks:
+        raise EvalError(f"no benchmark is named; known: {', '.join(BENCHMARKS)}")
+    for name in benchmarks:
+        if name not in BENCHMARKS:
+            raise UnknownName("benchmark", name, BENCHMARKS)
+    if parser not in PARSERS:
+        raise UnknownName("answer parser", parser, PARSERS)
+    return chair_words(words).name
+
+
+def _check_model(model: Any, batch_size: int) -> None:
+    if getattr(model, "training", False):
+        raise EvalError(
+            "the model is in training mode, where dropout changes answers: call model.eval() first"
+        )
+    if batch_size < 1:
+        raise EvalError(f"batch_size={batch_size}: at least one prompt is needed")
+
+
+def _limits(benchmarks: Sequence[str], given: int | Mapping[str, int] | None) -> dict[str, int]:
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in BENCHMARKS]
+        if unknown:
+            raise UnknownName("benchmark", unknown[0], BENCHMARKS)
+        limits = {**_MAX_NEW_TOKENS, **given}
+    else:
+        limits = {name: _MAX_NEW_TOKENS[name] if given is None else given for name in benchmarks}
+    for name in benchmarks:
+        if limits[name] < 1:
+            raise EvalError(f"max_new_tokens={limits[name]} for {name}: an answer needs at least one token")
+    return {name: limits[name] for name in benchmarks}
+
+
+def describe_model(model: Any, processor: Any) -> dict[str, Any]:
+    """What decides a model's answers: class, dtype, and a digest over a few values of every weight."""
+    digest = hashlib.sha256()
+    count = 0
+    for name, weight in model.named_parameters():
+        count += weight.numel()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if weight.device.type != "meta":  # offloaded weights are named only
+            flat = weight.detach().flatten()
+            some = torch.cat([flat[:4], flat[flat.numel() // 2 :][:4]])
+            digest.update(some.float().cpu().numpy().tobytes())
+    return {
+        "class": type(model).__name__,
+        "processor": type(processor).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": count,
+        "sha256_of_samples": digest.hexdigest(),
+    }
+
+
+def model_name(model: Any) -> str:
+    """The model's name on the hub, or the name of the folder that it came from."""
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("regard", "torch", "transformers")}
+
+
+def _session(model: Any, batch_size: int, command: str | None) -> dict[str, Any]:
+    return {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": command,
+        "batch_size": batch_size,
+        "device": _device_name(model.device),
+        "python": platform.python_version(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _keep_data(folder: RunFolder, dataset: Dataset) -> None:
+    """Put the questions and the truth beside the answers, so that a run can be scored from its folder alone."""
+    if dataset.questions:
+        folder.write_json(
+            "data/questions.json", {k: [asdict(q) for q in v] for k, v in dataset.questions.items()}
+        )
+    if dataset.truth:
+        folder.write_json("data/truth.json", dataset.truth)
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("taken"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not show) as bars:
+        yield bars

@@ -1,0 +1,145 @@
+"""Where a benchmark's files lie: images, COCO annotations, POPE questions. All are found by name in a folder."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .pope_questions import SPLITS
+from .run_folder import EvalError
+
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_COCO_NUMBER = re.compile(r"(\d{12})\.\w+$")
+
+
+class DataError(EvalError):
+    """The data of a benchmark is not there, or not whole."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a data set.
+
+    Attributes:
+        images: folder with the image files, at any depth.
+        questions: folder (one file per split) or file of POPE questions; None builds them from the annotations.
+        instances: COCO instances files; several are pooled (CHAIR pools train2014 and val2014).
+        captions: COCO captions files.
+        names: text file with one image name per line: only these images are used.
+    """
+
+    images: Path
+    questions: Path | None = None
+    instances: tuple[Path, ...] = ()
+    captions: tuple[Path, ...] = ()
+    names: Path | None = None
+
+
+def find_sources(folder: str | Path, images: str | Path | None = None) -> Sources:
+    """Look through a folder for what a benchmark needs.
+
+    Args:
+        folder: holds `instances*.json`, `captions*.json`, POPE's `*pope*.json` and `images.txt`, each optional
+            and at any depth.
+        images: folder of the images when they lie elsewhere.
+
+    Raises:
+        DataError: a folder is not there, or the questions of two versions of POPE lie in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(
+            f"there is no data folder {root}: give a folder with images and COCO annotations, or 'miniature'"
+        )
+    if images is not None and not Path(images).is_dir():
+        raise DataError(f"there is no image folder {images}")
+    found = sorted(_json_files(root))
+    questions = sorted({file.parent for file in found if is_question_file(file)})
+    if len(questions) > 1:
+        names = ", ".join(str(place.relative_to(root)) for place in questions[:5])
+        raise DataError(
+            f"{root} holds POPE questions in {len(questions)} folders ({names}), and they are not the same "
+            "questions: give the folder of one, and the images with --images"
+        )
+    return Sources(
+        images=Path(images) if images is not None else root,
+        questions=questions[0] if questions else None,
+        instances=tuple(file for file in found if file.name.startswith("instances")),
+        captions=tuple(file for file in found if file.name.startswith("captions")),
+        names=root / "images.txt" if (root / "images.txt").is_file() else None,
+    )
+
+
+def _json_files(root: Path) -> Iterator[Path]:
+    for pattern in ("*.json", "*.jsonl"):
+        yield from root.rglob(pattern)
+
+
+def is_question_file(file: Path) -> bool:
+    """Whether a file is named like `coco_pope_random.json`."""
+    stem = file.stem.lower()
+    return "pope" in stem and any(split in stem for split in SPLITS)
+
+
+class ImageIndex:
+    """Finds image files by name; `COCO_val2014_000000000042.jpg` and `000000000042.jpg` are the same image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._by_name: dict[str, Path] = {}
+        self._by_number: dict[str, Path] = {}
+        for file in sorted(folder.rglob("*")):
+            if file.suffix.lower() in _IMAGES:
+                self._by_name.setdefault(file.name, file)
+                number = _COCO_NUMBER.search(file.name)
+                if number:
+                    self._by_number.setdefault(number[1], file)
+
+    def find(self, name: str) -> Path | None:
+        """The file of an image, or None."""
+        base = Path(name).name
+        number = _COCO_NUMBER.search(base)
+        return self._by_name.get(base) or (self._by_number.get(number[1]) if number else None)
+
+    def require(self, names: Sequence[str], way_out: str) -> dict[str, Path]:
+        """The files of all images.
+
+        Raises:
+            DataError: some are missing; one error for all of them.
+        """
+        found = {name: self.find(name) for name in names}
+        missing = [name for name, file in found.items() if file is None]
+        if missing:
+            some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise DataError(
+                f"{len(missing)} of {len(found)} images are missing under {self.folder} ({some}): {way_out}"
+            )
+        return {name: file for name, file in found.items() if file is not None}
+
+
+def read_names(file: Path) -> list[str]:
+    """The image names of an `images.txt`, in order, without repeats.
+
+    Raises:
+        DataError: there are none.
+    """
+    names = list(
+        dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    )
+    if not names:
+        raise DataError(f"{file} names no image: write one name per line, or delete it")
+    return names
+
+
+def same_image(name: str) -> str:
+    """What two names of one image share: the COCO number where there is one, else the name."""
+    number = _COCO_NUMBER.search(name)
+    return number[1] if number else Path(name).name
+
+
+def only(names: Iterable[str], wanted: Iterable[str] | None) -> list[str]:
+    """Names that are wanted, in their own order; all when nothing is said."""
+    if wanted is None:
+        return list(names)
+    keys = {same_image(name) for name in wanted}
+    return [name for name in names if same_image(name) in keys]

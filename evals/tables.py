@@ -1,0 +1,112 @@
+"""Tables of results for a terminal."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from .scores import Score
+
+if TYPE_CHECKING:
+    from .results import Results
+
+_CHANCE = 0.05
+READING = (
+    "↑ more is better, ↓ less is better. Intervals: 95 %, images drawn with replacement. p: paired test that swaps "
+    "whole images, not corrected for the number of comparisons."
+)
+
+
+def number(value: float | None, score: Score, sign: bool = False) -> str:
+    """A score as it is shown: shares in percent with one decimal, a dash when it is not defined."""
+    if value is None:
+        return "–"
+    shown = value * 100 if score.percent else value
+    text = f"{shown:+.1f}" if sign else f"{shown:.1f}"
+    return text.replace("-", "−") if text not in ("+0.0", "-0.0") else "0.0"
+
+
+def span(entry: Mapping[str, Any], score: Score, sign: bool = False) -> str:
+    """An interval as it is shown."""
+    if entry["low"] is None:
+        return "–"
+    return f"{number(entry['low'], score, sign)} to {number(entry['high'], score, sign)}"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value as it is shown."""
+    if p is None:
+        return "–"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def verdict(entry: Mapping[str, Any], score: Score) -> str:
+    """ "better" or "worse" where interval and test agree on it at 95 %, else ""; "" for a score without direction.
+
+    With few images that change, the bootstrap interval alone claims too much.
+    """
+    difference = entry.get("difference")
+    if not difference or difference["p"] is None or not score.better:
+        return ""
+    if difference["low"] <= 0 <= difference["high"] or difference["p"] >= _CHANCE:
+        return ""
+    return "better" if difference["value"] * score.better > 0 else "worse"
+
+
+def facts(metrics: Mapping[str, Any], benchmark: str) -> str:
+    """Counts beside the scores of one recipe."""
+    parts = []
+    if benchmark == "pope":
+        parts.append(f"{metrics['unclear']} of {metrics['items']} answers unclear")
+    if "mcnemar" in metrics:
+        test = metrics["mcnemar"]
+        what = ("answers", "right") if benchmark == "pope" else ("captions", "clean")
+        parts.append(
+            f"{test['gained']} {what[0]} became {what[1]}, {test['lost']} ceased to be (McNemar p {p_value(test['p'])})"
+        )
+    parts.append(f"{metrics['cut']} cut by the token limit")
+    parts.append(f"{metrics['median_seconds'] * 1000:.0f} ms each")
+    return "; ".join(parts)
+
+
+def tables(results: "Results", full: bool = False) -> list[Any]:
+    """One table per benchmark, with the facts of each recipe below it."""
+    from .results import ITEMS, MINIATURE_NOTE, TITLES
+
+    parts: list[Any] = []
+    for benchmark, recipes in results.metrics.items():
+        first = next(iter(recipes.values()))
+        title = f"{TITLES[benchmark]}: {first['items']} {ITEMS[benchmark]}, {first['images']} images"
+        parts.append(_table(title, recipes, [s for s in results.scores(benchmark) if full or s.main]))
+        parts += [Text(f"  {recipe}: {facts(found, benchmark)}") for recipe, found in recipes.items()]
+        parts.append(Text(""))
+    for part, (done, total) in results.unfinished.items():
+        parts.append(Text(f"not finished: {part}, {done} of {total} items", style="yellow"))
+    parts.append(Text(READING, style="dim"))
+    if results.miniature:
+        parts.append(Text(MINIATURE_NOTE, style="dim"))
+    return parts
+
+
+def _table(title: str, recipes: Mapping[str, Any], scores: list[Score]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("score, recipe", overflow="fold")
+    for name in ("value", "95 % interval", "change", "95 % interval", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for score in scores:
+        aim = {1: " ↑", -1: " ↓", 0: ""}[score.better]
+        table.add_row(Text(score.title + aim, style="bold"))
+        for recipe, found in recipes.items():
+            entry = found["scores"][score.key]
+            change = entry.get("difference")
+            cells = [number(entry["value"], score), span(entry, score)]
+            if change:
+                cells += [
+                    number(change["value"], score, True),
+                    span(change, score, True),
+                    p_value(change["p"]),
+                ]
+            style = {"better": "green", "worse": "red"}.get(verdict(entry, score), "")
+            table.add_row(f"  {recipe}", *cells, style=style)
+    return table
