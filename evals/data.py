@@ -10,7 +10,7 @@ from typing import Any
 
 from .chair import ground_truth
 from .pope import Question, build_pope, load_pope, pope_version
-from .sources import DataError, ImageIndex, Sources, find_sources, only, read_names
+from .sources import DataError, ImageIndex, Sources, find_sources, image_sizes, only, read_names
 
 MINIATURE = "miniature"
 _POSITIVES = 3  # POPE asks for three objects that are there, so an image needs as many
@@ -28,12 +28,14 @@ class Dataset:
         questions: POPE's questions by split; empty when POPE is not asked for.
         truth: for CHAIR, the objects that are in each image that is to be described; empty without CHAIR.
         files: the file of every image that is used.
+        sizes: their (width, height).
     """
 
     name: str
     questions: dict[str, list[Question]] = field(default_factory=dict)
     truth: dict[str, list[str]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the items of each benchmark, for `config.json`."""
@@ -92,7 +94,8 @@ def load_data(
     if "chair" in benchmarks:
         truth = _sample(_truth(name, sources, wanted, words), items, f"{seed}/chair")
     needed = dict.fromkeys([*(q.image for rows in questions.values() for q in rows), *truth])
-    return Dataset(name, questions, truth, index.require(list(needed), _LIST_ADVICE))
+    files = index.require(list(needed), _LIST_ADVICE)
+    return Dataset(name, questions, truth, files, image_sizes(files))
 
 
 def _questions(

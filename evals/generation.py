@@ -67,7 +67,8 @@ def make_inputs(model: Any, processor: Any, prompts: Sequence[str], images: Sequ
     # Some chat templates write the start token themselves; it must not come twice.
     start = getattr(processor, "tokenizer", processor).bos_token
     kwargs = {"add_special_tokens": False} if start and prompts[0].startswith(start) else {}
-    inputs = processor(images=list(images), text=list(prompts), padding=True, return_tensors="pt", **kwargs)
+    nested = [[image] for image in images]  # some processors take a flat list for the images of one prompt
+    inputs = processor(images=nested, text=list(prompts), padding=True, return_tensors="pt", **kwargs)
     return inputs.to(model.device, dtype=model.dtype)
 
 

@@ -103,7 +103,7 @@ def dots(recipes: Mapping[str, Any], key: str, scale: float = 100, change: bool 
     return found
 
 
-def _options(name: str) -> dict[str, Any]:
+def _options(name: str) -> Any:
     # The salt makes the ids that are referred to unique on the page, and the same from run to run.
     return {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "font.family": "sans-serif"}
 

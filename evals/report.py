@@ -42,6 +42,7 @@ def write_report(results: Results, files: Mapping[str, Path] | None = None) -> P
         picture=lambda name: _data_uri(results.path / "data" / "images" / Path(name).name),
         setup=_setup(results),
         engine=_engine_reports(results),
+        resumed=len(results.config["sessions"]) > 1,
     )
     results.folder.write_text("report.html", text)
     return results.page
@@ -303,36 +304,37 @@ def _setup(results: Results) -> list[tuple[str, list[str]]]:
     """What one needs to run it again: (title, lines)."""
     config = results.config
     model = config["model"]
-    lines: list[tuple[str, list[str]]] = [
-        (
-            "model",
-            [
-                f"{config['model_name']}, {model['class']}, {_thousands(model['parameters'])} parameters, {model['dtype']}"
-            ],
-        ),
+    size = f"{_thousands(model['parameters'])} parameters, {model['dtype']}"
+    lines = [
+        ("model", [f"{config['model_name']}, {model['class']}, {size}"]),
         ("versions", [", ".join(f"{name} {version}" for name, version in config["versions"].items())]),
+        ("draw", [f"at most {config['items']} images, seed {config['seed']}"]),
     ]
     for name, part in config["data"].items():
-        facts = [f"{part['images']} images, SHA-256 {part['images_sha256'][:16]}…"]
+        facts = [str(config["source"]), f"{part['images']} images, SHA-256 {part['images_sha256'][:16]}…"]
         if "questions" in part:
-            facts.append(
-                f"{part['questions']} questions (version: {part['version']}), SHA-256 {part['questions_sha256'][:16]}…"
-            )
-        lines.append((f"{TITLES[name]} data", [str(config["source"]), *facts]))
-    lines.append(("draw", [f"at most {config['items']} images, seed {config['seed']}"]))
+            digest = f"SHA-256 {part['questions_sha256'][:16]}…"
+            facts.append(f"{part['questions']} questions, version {part['version']}, {digest}")
+        lines.append((f"{TITLES[name]} data", facts))
     for name, prompt in config["prompts"].items():
         limit = config["generation"][name]["max_new_tokens"]
         lines.append((f"{TITLES[name]} prompt", [prompt, f"greedy, at most {limit} new tokens"]))
     for label, parts in config["recipes"].items():
-        described = [
-            ", ".join(f"{key}={value}" if key != "class" else str(value) for key, value in part.items())
-            for part in parts
-        ]
-        lines.append((f"recipe {label}", described or ["the same engine with a null edit"]))
+        lines.append(
+            (f"recipe {label}", [_fields(part) for part in parts] or ["the same engine with a null edit"])
+        )
     for session in config["sessions"]:
-        facts = f"started {session['started']}, batch size {session['batch_size']}, {session['device']}, Python {session['python']}"
-        lines.append(("session", [*([session["command"]] if session["command"] else []), facts]))
+        facts = [session["command"]] if session["command"] else []
+        facts.append(f"started {session['started']}, batch size {session['batch_size']}")
+        facts.append(f"{session['device']}, Python {session['python']}")
+        lines.append(("session", facts))
     return lines
+
+
+def _fields(part: Mapping[str, Any]) -> str:
+    return ", ".join(
+        str(value) if key in ("class", "note") else f"{key}={value}" for key, value in part.items()
+    )
 
 
 def _engine_reports(results: Results) -> list[tuple[str, str]]:
@@ -353,9 +355,10 @@ def _keep_thumbnails(run: Path, names: Iterable[str], files: Mapping[str, Path])
         if kept.is_file() or name not in files:
             continue
         kept.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.open(files[name]).convert("RGB")
-        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        image.save(kept, quality=85)
+        with Image.open(files[name]) as image:
+            small = image.convert("RGB")
+        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        small.save(kept, quality=85)
 
 
 def _data_uri(file: Path) -> str | None:

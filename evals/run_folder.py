@@ -57,8 +57,10 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"{path} is a file, and a run is a folder: choose another --out")
         known = (path / "config.json").is_file()
-        if path.is_dir() and not known and any(name for name in os.listdir(path) if name != ".lock"):
-            inside = ", ".join(sorted(os.listdir(path))[:5])
+        # A run that was killed at its very start leaves the first two.
+        foreign = sorted(set(os.listdir(path)) - {".lock", "config.json.part"}) if path.is_dir() else []
+        if foreign and not known:
+            inside = ", ".join(foreign[:5])
             raise RunFolderError(
                 f"{path} exists and is no run folder (no config.json; it holds {inside}): "
                 "choose another --out, or empty it"
@@ -186,7 +188,7 @@ def _merged(path: Path, old: Record, new: Record) -> Record:
         RunFolderError: something that decides the answers is not the same.
     """
     for key in COMPARED:
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, {}), new.get(key, {})
         if key in GROWING:  # what only one session asks for is no difference
             before = {name: part for name, part in before.items() if name in after}
             after = {name: part for name, part in after.items() if name in before}

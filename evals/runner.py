@@ -1,14 +1,11 @@
 """Run benchmarks on a model with and without interventions; every item is on disk as soon as it is done."""
 
-import hashlib
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from ..hooks.errors import UnknownName
 from .data import MINIATURE, Dataset, load_data
 from .generation import generate, left_padding, make_inputs, make_prompt
 from .pope import PARSERS
+from .provenance import describe_model, model_name, session, versions
 from .results import Results, build_results
 from .run_folder import EvalError, Record, RunFolder, slug
 from .settings import Recipe, Setting, find_sinks, make_settings
@@ -100,43 +98,64 @@ def evaluate(
     words = check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
     _check_model(model, batch_size)
     settings = make_settings(recipes, model)
-    limits = _limits(benchmarks, max_new_tokens)
-    prompts = {"pope": f"{{question}}{question_suffix}", "chair": caption_prompt}
-    temporary = None if out is not None else tempfile.TemporaryDirectory(prefix="regard-run-")
+    protocol = _Protocol(
+        prompts={"pope": f"{{question}}{question_suffix}", "chair": caption_prompt},
+        template=template,
+        limits=_limits(benchmarks, max_new_tokens),
+        scoring={"parser": parser, "words": words, "drop_unfinished": drop_unfinished},
+    )
+    temporary = None
+    if out is None:
+        temporary = tempfile.TemporaryDirectory(prefix="regard-run-")
+        out = temporary.name
     with tempfile.TemporaryDirectory(prefix="regard-data-") as scratch:
         dataset = load_data(data, benchmarks, items, seed, Path(scratch), words)
-        settings = _prepare(
-            settings, model, processor, dataset, make_prompt(processor, caption_prompt, template)
-        )
+        settings = _prepare(settings, model, processor, dataset, protocol)
         config = {
-            "benchmarks": benchmarks,
             "source": dataset.name,
-            "model_name": model_name(model),
             "items": items,
             "seed": seed,
+            "model_name": model_name(model),
             "model": describe_model(model, processor),
             "data": dataset.describe(),
-            "prompts": {name: make_prompt(processor, prompts[name], template) for name in benchmarks},
-            "generation": {
-                name: {"max_new_tokens": limits[name], "do_sample": False, "num_beams": 1}
-                for name in benchmarks
-            },
             "recipes": {setting.label: setting.describe() for setting in settings},
-            "scoring": {"parser": parser, "words": words, "drop_unfinished": drop_unfinished},
-            "versions": _versions(),
-            "sessions": [_session(model, batch_size, command)],
+            "versions": versions(),
+            "sessions": [session(model, batch_size, command)],
+            **protocol.describe(processor),
         }
-        folder = RunFolder.create(out if temporary is None else temporary.name, config)
+        folder = RunFolder.create(out, config)
         try:
             _keep_data(folder, dataset)
-            work = {name: _work(dataset, name, prompts[name]) for name in benchmarks}
-            runner = _Runner(model, processor, folder, dataset, template, batch_size, limits)
-            runner.run(work, settings, progress)
+            _Runner(model, processor, folder, dataset, protocol, batch_size).run(settings, progress)
             results = build_results(folder, temporary)
             results.write(dataset.files)
         finally:
             folder.close()
     return results
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """How the questions are put: prompts and token limits by benchmark, and how answers are scored."""
+
+    prompts: Mapping[str, str]
+    template: str | None
+    limits: Mapping[str, int]
+    scoring: Mapping[str, Any]
+
+    def full_prompt(self, processor: Any, text: str) -> str:
+        """A question as the model reads it."""
+        return make_prompt(processor, text, self.template)
+
+    def describe(self, processor: Any) -> dict[str, Any]:
+        """Its part of `config.json`."""
+        greedy = {"do_sample": False, "num_beams": 1}
+        return {
+            "benchmarks": list(self.limits),
+            "prompts": {name: self.full_prompt(processor, self.prompts[name]) for name in self.limits},
+            "generation": {name: {"max_new_tokens": most, **greedy} for name, most in self.limits.items()},
+            "scoring": self.scoring,
+        }
 
 
 class _Runner:
@@ -148,17 +167,17 @@ class _Runner:
         processor: Any,
         folder: RunFolder,
         dataset: Dataset,
-        template: str | None,
+        protocol: _Protocol,
         batch_size: int,
-        limits: Mapping[str, int],
     ) -> None:
         self.model, self.processor, self.folder = model, processor, folder
-        self.dataset, self.template, self.batch_size, self.limits = dataset, template, batch_size, limits
+        self.dataset, self.protocol, self.batch_size = dataset, protocol, batch_size
 
-    def run(self, work: Mapping[str, list[_Work]], settings: Sequence[Setting], progress: bool) -> None:
+    def run(self, settings: Sequence[Setting], progress: bool) -> None:
         """Every benchmark with every setting, the baseline first."""
         with _bars(progress) as bars, left_padding(self.processor):
-            for benchmark, units in work.items():
+            for benchmark in self.protocol.limits:
+                units = _work(self.dataset, benchmark, self.protocol.prompts[benchmark])
                 for setting in settings:
                     self._run_one(benchmark, setting, units, bars)
 
@@ -185,11 +204,11 @@ class _Runner:
     def _answer(
         self, benchmark: str, setting: Setting, batch: Sequence[_Work], done: Mapping[str, Record]
     ) -> list[Record]:
-        prompts = [make_prompt(self.processor, unit.text, self.template) for unit in batch]
-        images = [Image.open(self.dataset.files[unit.image]).convert("RGB") for unit in batch]
+        prompts = [self.protocol.full_prompt(self.processor, unit.text) for unit in batch]
+        images = [_read(self.dataset.files[unit.image]) for unit in batch]
         start = time.perf_counter()
         try:
-            replies = generate(self.model, self.processor, prompts, images, self.limits[benchmark])
+            replies = generate(self.model, self.processor, prompts, images, self.protocol.limits[benchmark])
         except torch.OutOfMemoryError as error:
             raise EvalError(
                 f"{benchmark} with {setting.label}: out of memory at batch size {self.batch_size}. Start again "
@@ -211,13 +230,14 @@ class _Runner:
 
 
 def _prepare(
-    settings: list[Setting], model: Any, processor: Any, dataset: Dataset, prompt: str
+    settings: list[Setting], model: Any, processor: Any, dataset: Dataset, protocol: _Protocol
 ) -> list[Setting]:
     """Settle what depends on the model, and attach each setting once, so that what cannot work fails now."""
+    prompt = protocol.full_prompt(processor, protocol.prompts["chair"])
 
     def inputs() -> Mapping[str, Any]:
         files = list(dataset.files.values())[:_SINK_IMAGES]
-        images = [Image.open(file).convert("RGB") for file in files]
+        images = [_read(file) for file in files]
         with left_padding(processor):
             return dict(make_inputs(model, processor, [prompt] * len(images), images))
 
@@ -241,10 +261,13 @@ def _work(dataset: Dataset, benchmark: str, prompt: str) -> list[_Work]:
     else:
         for image in dataset.truth:
             units[image, prompt] = _Work(image, prompt, [image], [{}])
-    sizes = {
-        image: Image.open(dataset.files[image]).size for image in {unit.image for unit in units.values()}
-    }
+    sizes = dataset.sizes
     return sorted(units.values(), key=lambda unit: (sizes[unit.image], len(unit.text), unit.image, unit.text))
+
+
+def _read(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
 
 
 def check_names(benchmarks: Sequence[str], parser: str, words: str | None) -> str:
@@ -280,52 +303,6 @@ def _limits(benchmarks: Sequence[str], given: int | Mapping[str, int] | None) ->
         if limits[name] < 1:
             raise EvalError(f"max_new_tokens={limits[name]} for {name}: an answer needs at least one token")
     return {name: limits[name] for name in benchmarks}
-
-
-def describe_model(model: Any, processor: Any) -> dict[str, Any]:
-    """What decides a model's answers: class, dtype, and a digest over a few values of every weight."""
-    digest = hashlib.sha256()
-    count = 0
-    for name, weight in model.named_parameters():
-        count += weight.numel()
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        if weight.device.type != "meta":  # offloaded weights are named only
-            flat = weight.detach().flatten()
-            some = torch.cat([flat[:4], flat[flat.numel() // 2 :][:4]])
-            digest.update(some.float().cpu().numpy().tobytes())
-    return {
-        "class": type(model).__name__,
-        "processor": type(processor).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": count,
-        "sha256_of_samples": digest.hexdigest(),
-    }
-
-
-def model_name(model: Any) -> str:
-    """The model's name on the hub, or the name of the folder that it came from."""
-    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return Path(name).name if Path(name).is_absolute() else name
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("regard", "torch", "transformers")}
-
-
-def _session(model: Any, batch_size: int, command: str | None) -> dict[str, Any]:
-    return {
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": command,
-        "batch_size": batch_size,
-        "device": _device_name(model.device),
-        "python": platform.python_version(),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _keep_data(folder: RunFolder, dataset: Dataset) -> None:

@@ -1,7 +1,7 @@
 """Where a benchmark's files lie: images, COCO annotations, POPE questions. All are found by name in a folder."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,30 @@ class ImageIndex:
                 f"{len(missing)} of {len(found)} images are missing under {self.folder} ({some}): {way_out}"
             )
         return {name: file for name, file in found.items() if file is not None}
+
+
+def image_sizes(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
+    """(width, height) of every image, from the files' headers.
+
+    Raises:
+        DataError: some cannot be read; one error for all of them.
+    """
+    from PIL import Image
+
+    sizes: dict[str, tuple[int, int]] = {}
+    spoilt: list[str] = []
+    for name, file in files.items():
+        try:
+            with Image.open(file) as image:
+                sizes[name] = image.size
+        except OSError:
+            spoilt.append(str(file))
+    if spoilt:
+        raise DataError(
+            f"{len(spoilt)} of {len(files)} images cannot be read ({', '.join(spoilt[:3])}): replace them, or leave "
+            "them out with an images.txt"
+        )
+    return sizes
 
 
 def read_names(file: Path) -> list[str]:

@@ -25,7 +25,8 @@ class Anatomy:
     """The parts of a vision-language model, and the sizes that interventions ask for.
 
     `layers` counts decoder blocks, `heads` query heads, `kv_heads` key and value heads; `head_width`
-    and `hidden` are in channels. `self_layers` are the blocks whose keys are text positions.
+    and `hidden` are in channels. `self_layers` are the blocks whose keys are text positions, `lost_layers`
+    those of them whose attention module was replaced by something that cannot be edited.
     """
 
     model_type: str
@@ -40,11 +41,12 @@ class Anatomy:
     hidden: int
     vocab: int
     image_token: int | None
+    lost_layers: tuple[int, ...] = ()
 
     @property
     def self_layers(self) -> tuple[int, ...]:
         """Blocks that attend to text positions (image tokens among them)."""
-        return tuple(site.layer for site in self.sites if not site.cross)
+        return tuple(sorted({site.layer for site in self.sites if not site.cross} | set(self.lost_layers)))
 
     @property
     def cross_layers(self) -> tuple[int, ...]:
@@ -55,11 +57,24 @@ class Anatomy:
         """Raise OutOfRange unless every layer is one of the decoder's."""
         known = {site.layer for site in self.sites}
         wrong = [layer for layer in layers if layer not in known]
+        lost = tuple(layer for layer in wrong if layer in self.lost_layers)
+        if lost:
+            raise CannotEdit(f"{what} asks for layer {_some(wrong)}, but {self.why_lost(lost)}")
         if wrong:
             raise OutOfRange(
                 f"{what} asks for layer {_some(wrong)}, but {self.decoder_path} has layers "
                 f"0 to {self.layers - 1} ({len(known)} with attention)"
             )
+
+    def why_lost(self, layers: tuple[int, ...]) -> str:
+        """What stands where the attention of a lost layer should be."""
+        site = self.sites[0]
+        path = site.path.removeprefix(f"{self.decoder_path}.").replace(f".{site.layer}.", f".{layers[0]}.", 1)
+        found: Any = dict(self.decoder.named_modules()).get(path)
+        return (
+            f"{self.decoder_path}.{path} ({type(found).__name__}) is no attention module with a layer_idx "
+            f"(replaced by a fused or quantised kernel?), so layer {_some(list(layers))} cannot be edited"
+        )
 
     def check_heads(self, heads: tuple[int, ...] | None, what: str) -> None:
         """Raise OutOfRange unless every head is one of the decoder's query heads."""
@@ -69,6 +84,14 @@ class Anatomy:
                 f"{what} asks for head {_some(wrong)}, but {self.decoder_path} has query heads "
                 f"0 to {self.heads - 1}"
             )
+
+
+def _lost_layers(config: Any, found: set[int]) -> tuple[int, ...]:
+    """Blocks that the config says have softmax attention and where none was found."""
+    kinds = getattr(config, "layer_types", None) or ()
+    expected = range(int(getattr(config, "num_hidden_layers", 0)))
+    other = {i for i, kind in enumerate(kinds) if "attention" not in kind or "linear" in kind}
+    return tuple(layer for layer in expected if layer not in found | other)
 
 
 def _some(values: list[int]) -> str:
@@ -87,12 +110,16 @@ def base_of(model: Any) -> nn.Module:
 
 
 def _attention_modules(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (path, module)
+    found = {
+        path: module
         for path, module in decoder.named_modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and "attention" in type(module).__name__.lower()
-    ]
+    }
+    blocks = {
+        path.rpartition(".")[0] for path in found
+    }  # their names may match too: MllamaCrossAttentionDecoderLayer
+    return [(path, module) for path, module in found.items() if path not in blocks]
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:
@@ -131,17 +158,19 @@ def anatomy(model: nn.Module) -> Anatomy:
     top: Any = model.config
     heads = int(config.num_attention_heads)
     image = getattr(top, "image_token_id", None)
+    lost = _lost_layers(config, {site.layer for site in sites})
     return Anatomy(
         model_type=str(top.model_type),
         text_type=str(config.model_type),
         decoder=decoder,
         decoder_path=path,
         sites=tuple(sites),
-        layers=max(site.layer for site in sites) + 1,
+        layers=max({site.layer for site in sites} | set(lost)) + 1,
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_width=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
         hidden=int(config.hidden_size),
         vocab=int(config.vocab_size),
         image_token=None if image is None else int(image),
+        lost_layers=lost,
     )

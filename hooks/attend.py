@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..kernels.reweighted import Reweighting, reweighted_rows
 from .errors import CannotEdit
-from .plan import Entry, LayerPlan
+from .plan import Entry, LayerPlan, recomputing
 from .session import Call
 
 if TYPE_CHECKING:
@@ -30,10 +30,18 @@ NAME = "regard"  # no "/", "flash" or "sdpa" in it: transformers gives those a m
 class Claim:
     """Which engine edits an attention module, and which layer it is."""
 
-    __slots__ = ("cross", "engine", "layer")
+    __slots__ = ("_engine", "cross", "layer")
 
     def __init__(self, engine: Engine, layer: int, cross: bool) -> None:
-        self.engine, self.layer, self.cross = engine, layer, cross
+        self._engine = weakref.ref(engine)  # it holds the modules that claims are filed under
+        self.layer, self.cross = layer, cross
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; it lives as long as its model."""
+        engine = self._engine()
+        assert engine is not None
+        return engine
 
 
 claims: weakref.WeakKeyDictionary[nn.Module, Claim] = weakref.WeakKeyDictionary()
@@ -140,10 +148,11 @@ def _member(entry: Entry[MassPolicy], call: Call) -> Tensor | None:
     keys = call.key.shape[2]
     if member.shape[1] == keys:
         return member
-    total = call.session.seen + call.session.rows
-    member = member[:, max(0, total - keys) :][:, :keys]
-    member = torch.nn.functional.pad(member, (0, 0, 0, keys - member.shape[1]))
-    member[:, memory[entry.key].shape[1] - max(0, total - keys) :, 0] = 1.0  # generated tokens are text
+    dropped = max(0, call.session.seen + call.session.rows - keys)  # a sliding window forgets its oldest keys
+    member = member[:, dropped:][:, :keys]
+    known = member.shape[1]
+    member = torch.nn.functional.pad(member, (0, 0, 0, keys - known))
+    member[:, known:, 0] = 1.0  # generated tokens are text
     return member
 
 
@@ -207,7 +216,7 @@ def _only(policy: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[Tensor]
 def _gain(entry: Entry[HeadGain], call: Call, out: Tensor) -> Tensor | None:
     """Factors (B, H) of one edit, asked for once a prompt or at every step."""
     memory = call.session.memory
-    if entry.edit.hold and entry.key in memory:
+    if entry.edit.hold and entry.key in memory and not recomputing():  # a checkpoint repeats every operation
         gain = memory[entry.key]
     else:
         call.output = out

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .anatomy import Anatomy, anatomy, base_of
-from .engine import check_editable
+from .engine import check_editable, is_attached
 from .errors import CannotEdit
 from .report import ranges
 
@@ -47,9 +47,12 @@ def doctor(model: Any) -> Diagnosis:
         return Diagnosis({"model": type(model).__name__}, (str(error),))
     problems = []
     try:
-        check_editable(base, parts)
+        if not is_attached(base):
+            check_editable(base, parts)
     except CannotEdit as error:
         problems.append(str(error))
+    if parts.lost_layers:
+        problems.append(parts.why_lost(parts.lost_layers))
     if parts.image_token is None:
         problems.append(
             f"{type(base).__name__}: its config names no image token, so edits that need the image cannot run"

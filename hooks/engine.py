@@ -20,6 +20,10 @@ from .errors import CannotEdit
 from .plan import Contribution, Plan
 from .session import Session
 
+_NOT_ROUTED = (
+    "{} at {} cannot take our attention function: "
+    "this class does not route through transformers' AttentionInterface"
+)
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
@@ -27,7 +31,15 @@ def engine_of(model: nn.Module) -> Engine:
     """The engine of a model; made when there is none."""
     if model not in _engines:
         _engines[model] = Engine(model)
-    return _engines[model]
+    engine = _engines[model]
+    if not engine.attached:
+        engine.anatomy = anatomy(model)  # modules may have been replaced since the last run
+    return engine
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether some run is on."""
+    return model in _engines and _engines[model].attached
 
 
 class Engine:
@@ -43,13 +55,20 @@ class Engine:
         self._local = threading.local()
         self._by_cache: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
+        self._own_generate: Callable[..., Any] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The model that this engine is on."""
         model = self._model()
-        assert model is not None
+        if model is None:
+            raise CannotEdit("the model is gone: keep a reference to it while a run is on")
         return model
+
+    @property
+    def attached(self) -> bool:
+        """Whether some run is on."""
+        return bool(self._runs)
 
     # ---- on and off -----------------------------------------------------------------------------
 
@@ -59,12 +78,19 @@ class Engine:
         Raises:
             CannotEdit, OutOfRange: before anything is changed.
         """
+        if not self._runs:
+            self.anatomy = anatomy(self.model)
+            check_editable(self.model, self.anatomy)
         for contribution in contributions:
             contribution.check(self.anatomy)
         if not self._runs:
             self._attach()
         self._runs.append(contributions)
-        self.watch()
+        try:
+            self.watch()
+        except BaseException:
+            self.remove(contributions)
+            raise
 
     def remove(self, contributions: Sequence[Contribution]) -> None:
         """Take one run off; with the last one the model is as it was."""
@@ -81,15 +107,11 @@ class Engine:
         self._by_cache.clear()
 
     def _attach(self) -> None:
-        check_editable(self.model, self.anatomy)
         decoder: Any = self.anatomy.decoder
         self.stock = decoder.config._attn_implementation
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
-            raise CannotEdit(
-                f"{type(decoder).__name__} at {self.anatomy.decoder_path} did not take our attention function: "
-                "this class does not route through transformers' AttentionInterface"
-            )
+            raise CannotEdit(_NOT_ROUTED.format(type(decoder).__name__, self.anatomy.decoder_path))
         for site in self.anatomy.sites:
             claims[site.module] = Claim(self, site.layer, site.cross)
 
@@ -104,20 +126,33 @@ class Engine:
         keep(model.register_forward_hook(self._after_model, always_call=True))
         keep(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True))
         keep(decoder.register_forward_hook(self._after_decoder))
+        if hasattr(model, "generate"):
+            self._own_generate = vars(model).get("generate")
+            model.__dict__["generate"] = _watched_generate(self, self._own_generate)
         for site in self.anatomy.sites:
             if site.layer in plan.hidden:
                 read = functools.partial(self._before_block, site.layer)
                 keep(site.block.register_forward_pre_hook(read, with_kwargs=True))
         if any(branch.combine for branch in plan.branches):
             head: Any = model.get_output_embeddings()  # type: ignore[operator]
+            if head is None:
+                raise CannotEdit(
+                    f"{type(model).__name__} has no language head, so a branch has no logits to combine"
+                )
             keep(head.register_forward_hook(self._after_head))
-        model.__dict__["generate"] = _watched_generate(self)
 
     def _unwatch(self) -> None:
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model.__dict__.pop("generate", None)
+        model = self._model()
+        if model is None:
+            return
+        model.__dict__.pop("generate", None)
+        if self._own_generate is not None:  # somebody else had put one on this very object
+            model.__dict__["generate"], self._own_generate = self._own_generate, None
 
     # ---- the stream that runs now ---------------------------------------------------------------
 
@@ -161,11 +196,11 @@ class Engine:
         cache = kwargs.get("past_key_values")
         if cache is None or _length(cache) == 0:
             self._local.session = self._start(ids, mask)
-        elif cache in self._by_cache:
+        elif cache in self._by_cache and self._by_cache[cache].plan.contributions == self._plan.contributions:
             self._local.session = self._by_cache[cache]
         else:
             raise CannotEdit(
-                f"the cache passed in holds {_length(cache)} tokens that were computed without these edits: "
+                f"the cache passed in holds {_length(cache)} tokens that were not computed under these edits: "
                 "start from an empty cache"
             )
 
@@ -193,7 +228,13 @@ class Engine:
         cached = cache is not None or kwargs.get("use_cache") is not False
         assert tokens is not None
         session.begin(tokens.shape[0], tokens.shape[1], 0 if cache is None else _length(cache), cached)
+        guessing = not session.prefill and session.rows > 1 and getattr(self._local, "generating", False)
         for branch in session.plan.branches:
+            if branch.every_step and guessing:
+                raise CannotEdit(
+                    f"branch {branch.name!r} follows the main stream token by token, but this generate tries "
+                    f"{session.rows} at once (assisted or prompt-lookup decoding): generate without it"
+                )
             if branch.name not in session.streams:
                 session.streams[branch.name] = Stream(branch)
                 _follow_beams(cache, session.streams[branch.name])
@@ -264,10 +305,10 @@ def _follow_beams(cache: Any, stream: Stream) -> None:
     cache.reorder_cache = both
 
 
-def _watched_generate(engine: Engine) -> Callable[..., Any]:
-    """The model's own generate, as one session."""
-    original, reference = type(engine.model).generate, weakref.ref(engine)  # type: ignore[attr-defined]
-    signature = inspect.signature(original)
+def _watched_generate(engine: Engine, own: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The model's generate (its class's, or its own if it has one) as one session, never compiled."""
+    original: Callable[..., Any] = type(engine.model).generate  # type: ignore[attr-defined]
+    reference, signature = weakref.ref(engine), inspect.signature(original)
 
     @functools.wraps(original)
     def generate(*args: Any, **kwargs: Any) -> Any:
@@ -277,8 +318,9 @@ def _watched_generate(engine: Engine) -> Callable[..., Any]:
         ids = given.get("input_ids", given.get("inputs"))
         if ids is not None and ids.is_floating_point():
             ids = None
+        kwargs.setdefault("disable_compile", True)  # on a GPU a static cache would compile the hooked forward
         with engine.generating(ids, given.get("attention_mask")):
-            return original(engine.model, *args, **kwargs)
+            return own(*args, **kwargs) if own else original(engine.model, *args, **kwargs)
 
     return generate
 
@@ -292,13 +334,24 @@ def check_editable(model: nn.Module, parts: Anatomy) -> None:
             f"{type(model).__name__} is in training mode, where dropout changes every result: call model.eval()"
         )
     for path, module in model.named_modules():
-        if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
+        if (
+            getattr(module, "_compiled_call_impl", None) is not None
+            or hasattr(module, "_orig_mod")
+            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        ):
             raise CannotEdit(
                 f"{path or type(model).__name__} is compiled: hooks and state do not reach into a compiled graph; "
                 "apply to the model before torch.compile (the original is `compiled._orig_mod`)"
             )
     decoder: Any = parts.decoder
+    if not getattr(decoder, "_can_set_attn_implementation", lambda: True)():
+        raise CannotEdit(_NOT_ROUTED.format(type(decoder).__name__, parts.decoder_path))
     stock = decoder.config._attn_implementation
+    if stock == NAME:
+        raise CannotEdit(
+            f"{parts.decoder_path} is being edited already, as part of another object than this "
+            f"{type(model).__name__}: apply to the same object, or end that run first"
+        )
     if stock not in ("sdpa", "eager"):
         raise CannotEdit(
             f"{parts.decoder_path} runs attention by {stock!r}, and the baseline must run on what is edited: "

@@ -6,12 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
 from .edits import Bias, Branch, Edit, HeadGain, Hidden, MassPolicy
+from .errors import CannotEdit
 
 E = TypeVar("E", Bias, MassPolicy, HeadGain, Hidden)
+
+
+def recomputing() -> bool:
+    """Whether a checkpointed block runs again, during backward."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass
@@ -33,6 +40,8 @@ class Tally:
 
     def count(self, prefill: bool, rows: int) -> None:
         """Note one forward in which `rows` query rows were edited."""
+        if recomputing():
+            return
         if prefill:
             self.prefill += 1
         else:
@@ -79,7 +88,12 @@ class Contribution:
     tallies: list[Tally] = field(default_factory=list)
 
     def check(self, anatomy: Anatomy) -> None:
-        """Raise OutOfRange for a layer or head that the model does not have."""
+        """Raise OutOfRange for a layer or head that the model does not have, CannotEdit for a missing image."""
+        if anatomy.image_token is None and any(_needs_image(edit) for edit in self.edits):
+            raise CannotEdit(
+                f"{self.name} needs to know where the image is, but the config of this {anatomy.model_type} model "
+                "has no image_token_id: pass the whole vision-language model, or set config.image_token_id"
+            )
         for edit in self.edits:
             anatomy.check_layers(edit.layers, self.name)
             if isinstance(edit, Bias | HeadGain):
@@ -103,6 +117,7 @@ class Plan:
     """
 
     def __init__(self, contributions: Sequence[Contribution]) -> None:
+        self.contributions = tuple(map(id, contributions))
         self.layers: dict[int, LayerPlan] = {}
         self.hidden: dict[int, list[Entry[Hidden]]] = {}
         self.branches: list[Branch] = []

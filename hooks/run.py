@@ -35,7 +35,8 @@ class Run:
     """Interventions on one model. Use it in a `with` statement; it restores the model on any exit."""
 
     def __init__(self, model: Any, interventions: Sequence[Intervention | Edit]) -> None:
-        self._engine = engine_of(base_of(model))
+        base = base_of(model)
+        self._engine, self._model_name = engine_of(base), type(base).__name__
         self._contributions = [_contribution(item, self._engine.anatomy) for item in interventions]
         self._on = False
 
@@ -81,7 +82,7 @@ class Run:
         """Which layers, heads and rows acted, how often, on which path."""
         tallies = [tally for contribution in self._contributions for tally in contribution.tallies]
         names = [contribution.name for contribution in self._contributions]
-        return Report(type(self._engine.model).__name__, self._engine.stock, names, tallies)
+        return Report(self._model_name, self._engine.stock, names, tallies)
 
     def read(self, name: str) -> dict[int, Tensor]:
         """What the `Hidden` edit of that name kept for the newest prompt, by layer."""
@@ -93,10 +94,11 @@ class Run:
 def _contribution(item: Intervention | Edit, anatomy: Anatomy) -> Contribution:
     if isinstance(item, Bias | MassPolicy | HeadGain | Hidden | Branch):
         return Contribution(type(item).__name__, (item,))
-    if isinstance(item, Intervention):
+    if isinstance(item, Intervention) and not isinstance(item, type):
         return Contribution(item.name, tuple(item.edits(anatomy)))
+    hint = f"; make one with {item.__name__}()" if isinstance(item, type) else ""
     raise TypeError(
-        f"expected a recipe's name, an intervention or an edit, got {type(item).__name__}: {item!r}"
+        f"expected a recipe's name, an intervention or an edit, got {type(item).__name__}: {item!r}{hint}"
     )
 
 

@@ -81,6 +81,8 @@ class Session:
         self._step.clear()
         if self.prompt == 0:
             self.prompt = seen + rows
+        if self.image.numel() == 0:  # no ids were given, and no edit needs the image
+            self.image = torch.zeros(batch, self.prompt, dtype=torch.bool)
         if first and self.image.shape[0] not in (0, batch):  # ids were read before beams were expanded
             times = batch // self.image.shape[0]
             self.image = self.image.repeat_interleave(times, 0)

@@ -17,16 +17,16 @@ Layers: from 2 to the one before the last. The paper excludes the last; that 0 a
 the release only (there are no massive activations there yet).
 
 `variant="released"` reads the same numbers as the release does: `transfer` is the fraction that sinks
-KEEP, `rho` the largest share of sinks, tau is exceeded strictly, each image token adds 1e-6 to the
-denominator, and the last layer is edited. Its bugs are not repeated: sink positions of the first sample
-reused for all later ones, row limits lost from the second sample on, BOS cut from the prompt, samples of
-a batch merged, 7B sink dimensions for every model.
+KEEP, `rho` the largest share of sinks, tau is exceeded strictly, and the last layer is edited. (The 1e-6
+that each image token adds to its denominator is left out.) Its bugs are not repeated: sink positions of
+the first sample reused for all later ones, row limits lost from the second sample on, BOS cut from the
+prompt, samples of a batch merged, 7B sink dimensions for every model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,7 +51,8 @@ class VAR(Method):
         transfer: p, the fraction of the sinks' mass that is moved ("released": the fraction kept).
         rho: least share of the image mass on image tokens that are no sinks; the paper takes 0.5 against
             hallucination, 0.8 in general, 0.9 for vision-centric tasks ("released": largest share of sinks).
-        tau: a token is a sink where its normalised activation reaches this.
+        tau: a token is a sink where its normalised activation reaches this. Of C channels one can reach no
+            more than sqrt(C), so a known base model too narrow for the tau given has its own in its place.
         min_visual: least image mass of a row.
         sink_dims: D_sink, channels of the residual stream; None takes those known for the base model.
         layers: decoder blocks from 0; None means 2 to the one before the last.
@@ -98,9 +99,10 @@ class VAR(Method):
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """Read the sinks at each block's input, then move mass by group."""
-        dims, known = self.sink_dims, known_sinks(anatomy)
+        dims, known, reach = self.sink_dims, known_sinks(anatomy), anatomy.hidden**0.5
         if dims is None and known is not None:
-            dims = known.dims
+            tau = known.tau if self.tau >= reach else self.tau
+            return replace(self, sink_dims=known.dims, tau=tau).edits(anatomy)
         if dims is None:
             raise RegardError(
                 f"VAR does not know the sink dimensions of {anatomy.model_type} with a {anatomy.text_type} decoder "
@@ -110,6 +112,11 @@ class VAR(Method):
         wrong = [dim for dim in dims if not 0 <= dim < anatomy.hidden]
         if wrong:
             raise ValueError(f"sink_dims {wrong} lie outside of the decoder's {anatomy.hidden} channels")
+        if self.tau >= reach:
+            raise ValueError(
+                f"no token can be a sink: |x| / rms(x) stays below {reach:.3g} in {anatomy.hidden} channels and tau "
+                f"is {self.tau:g}; pass the tau that regard.sink_dimensions(model, inputs) finds"
+            )
         layers = self.chosen_layers(anatomy)
 
         def find(hidden: Tensor, session: Session) -> Tensor:

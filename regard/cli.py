@@ -259,17 +259,19 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     if name == "miniature":
         from .evals.miniature import load_miniature
 
-        model, processor = load_miniature("lvlm")
-        model = model if dtype == "auto" else model.to(kind)
-        return model.to("cpu" if place == "auto" else place), processor
+        small, processor = load_miniature("lvlm")
+        small = small if dtype == "auto" else small.to(kind)
+        return small.to("cpu" if place == "auto" else place), processor
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     options: dict[str, Any] = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False}
     if place == "auto":
         options["device_map"] = "auto"
-    model = AutoModelForImageTextToText.from_pretrained(name, **options)
+    model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
     processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    return (model if place == "auto" else model.to(place)).eval(), processor
+    if place != "auto":
+        model.to(torch.device(place))
+    return model.eval(), processor
 
 
 def main() -> None:

@@ -55,11 +55,12 @@ def record(run, source="somewhere", recipes=("none", "vhr"), done=8):
     for recipe in recipes:
         common = {"recipe": recipe, "prompt": "p", "tokens": 9, "cut": False, "seconds": 0.5}
         kept = IMAGES if recipe == "none" else IMAGES[:done]
-        answers = [
-            {"id": f"random/{q.question_id}", "image": q.image, "label": q.label, "split": "random", "question": q.text,
-             "answer": "Yes" if recipe == "none" else q.label.title() if q.question_id != 1 else "no <script>alert(1)</script>", **common}
-            for q in questions
-        ]  # fmt: skip
+        answers = []
+        for q in questions:
+            answer = "Yes" if recipe == "none" else q.label.title()
+            answer = "no <script>alert(1)</script>" if recipe != "none" and q.question_id == 1 else answer
+            asked = {"image": q.image, "label": q.label, "split": "random", "question": q.text}
+            answers.append({"id": f"random/{q.question_id}", **asked, "answer": answer, **common})
         folder.append("pope", recipe, answers)
         text = "A dog, a cat & a bench." if recipe == "none" else "A dog <b>."
         folder.append(

@@ -58,7 +58,9 @@ def test_the_filter_and_its_order_matter_here(family: Family) -> None:
     assert reference.chosen != plain.chosen
     text = oracles.head_outputs(family, oracles.without_image(family, item))
     seen = oracles.head_outputs(family, item)
-    at_once = {layer: VHRReference(family, LAYERS).select(layer, text[layer], seen[layer]) for layer in LAYERS}
+    at_once = {
+        layer: VHRReference(family, LAYERS).select(layer, text[layer], seen[layer]) for layer in LAYERS
+    }
     assert reference.chosen != at_once
     assert reference.chosen[0] == at_once[0]
 
@@ -95,7 +97,7 @@ def test_every_row_of_a_batch_is_itself_alone(family: Family) -> None:
     assert chosen[0] != chosen[1] != chosen[2]
     plain = logits_of(family, family.item(text=7, seed=5, image=False))
     torch.testing.assert_close(found[0][3, -plain[0].shape[1] :], plain[0][0], **oracles.EXACT)
-    torch.testing.assert_close(found[1][3], plain[1][0], **oracles.ROUNDED)
+    torch.testing.assert_close(found[1][3], plain[1][0], **oracles.EXACT)
 
 
 @torch.no_grad()
@@ -216,15 +218,10 @@ def test_an_outlier_diverges_and_is_strong_without_the_image() -> None:
 
 
 def test_the_spread_is_the_unbiased_one() -> None:
-    """3 of 10 heads at 1: mean + std is 0.758 with n and 0.783 with n - 1, and the head at 0.77 is between."""
-    values = [1.0, 1.0, 0.77, *[0.0] * 7]
-    mean, n = sum(values) / 10, 10
-    biased = mean + (sum((v - mean) ** 2 for v in values) / n) ** 0.5
-    unbiased = mean + (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5
-    values[2] = (biased + unbiased) / 2
+    """mean + std of these is 0.690 with n in the denominator and 0.712 with n - 1."""
+    values = [1.0, 1.0, 0.7, *[0.0] * 7]
     found = drop_outliers(torch.tensor([values]), _outputs(values), None)[0]
-    assert found[:2].tolist() == [0.0, 0.0]
-    assert found[2] > 0.6
+    assert found.nonzero().flatten().tolist() == [2]
 
 
 def test_the_guard_is_per_sample_and_strict() -> None:
@@ -250,7 +247,7 @@ def test_wrong_arguments_say_so() -> None:
     with pytest.raises(ValueError, match="'paper' or 'released', got 'mine'"):
         regard.VHR(variant="mine")  # type: ignore[arg-type]
     net = build("llava").model
-    with pytest.raises(regard.OutOfRange, match="layer 3, but model.language_model has layers 0 to 2"):
+    with pytest.raises(regard.OutOfRange, match=r"layer 3, but model\.language_model has layers 0 to 2"):
         regard.apply(net, regard.VHR(layers=(1, 3))).start()
     with pytest.raises(regard.OutOfRange, match="layer -1"):
         regard.apply(net, regard.VHR(layers=(-1,))).start()
@@ -258,5 +255,8 @@ def test_wrong_arguments_say_so() -> None:
 
 def test_a_prompt_without_an_image_is_an_error(llava: Family) -> None:
     item = llava.item(image=False)
-    with regard.apply(llava.model, regard.VHR(layers=LAYERS)), pytest.raises(regard.NoImageTokens, match="vhr"):
+    with (
+        regard.apply(llava.model, regard.VHR(layers=LAYERS)),
+        pytest.raises(regard.NoImageTokens, match="vhr"),
+    ):
         llava.model(**item)
