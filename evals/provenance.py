@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .data import MINIATURE
+
 
 def describe_model(model: Any, processor: Any) -> dict[str, Any]:
     """What decides a model's answers: class, dtype, and a digest over a few values of every weight."""
@@ -33,7 +35,10 @@ def describe_model(model: Any, processor: Any) -> dict[str, Any]:
 def model_name(model: Any) -> str:
     """The model's name on the hub, or the name of the folder that it came from."""
     name = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return Path(name).name if Path(name).is_absolute() else name
+    path = Path(name)
+    if path.parent == Path(__file__).resolve().parent / "miniature":
+        return f"{MINIATURE} {path.name}"
+    return path.name if path.is_absolute() else name
 
 
 def versions() -> dict[str, str]:

@@ -94,7 +94,8 @@ def headline(results: Results) -> list[str]:
             done.append(f"descriptions of {_thousands(first['images'])} images")
     others = _others(results)
     compared = f", without and with {_listing(others)}" if others else ", without any recipe"
-    sentences = [f"{results.config['model_name']}: {' and '.join(done)}{compared}."]
+    text = " and ".join(done)
+    sentences = [f"{text[0].upper()}{text[1:]}{compared}."]
     for benchmark, key in (("pope", "mean_f1"), ("chair", "chair_s"), ("chair", "chair_i")):
         if len(results.metrics.get(benchmark, ())) > 1:
             score = next(s for s in results.scores(benchmark) if s.key == key)

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from .chair import CaptionRecord, score_chair
+from .data import MINIATURE
 from .pope import Question, pope_items
 from .run_folder import Record, RunFolder, RunFolderError
 from .scores import Counted, Score, chair_counts, chair_scores, measure, pope_counts, pope_scores
@@ -17,8 +18,8 @@ from .settings import BASELINE
 TITLES = {"pope": "POPE", "chair": "CHAIR"}
 ITEMS = {"pope": "questions", "chair": "captions"}
 MINIATURE_NOTE = (
-    "The miniature is a small model that draws on procedural scenes; its figures show that the tools work, and "
-    "they prove nothing about a 7B model."
+    "The miniature is a small model trained on drawn scenes: its figures show that the tools work, and they prove "
+    "nothing about a 7B model."
 )
 
 
@@ -57,8 +58,9 @@ class Results:
 
     @property
     def miniature(self) -> bool:
-        """Whether the run is on the embedded scenes."""
-        return bool(self.config["source"] == "miniature")
+        """Whether the run is on the embedded scenes, or of the embedded model."""
+        config = self.config
+        return bool(config["source"] == MINIATURE or config["model_name"].startswith(MINIATURE + " "))
 
     def items(self, benchmark: str, recipe: str = BASELINE) -> dict[str, Record]:
         """The items of one benchmark and recipe by id: prompt, answer, tokens, seconds."""

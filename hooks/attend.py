@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ..kernels.reweighted import Reweighting, reweighted_rows
 from .errors import CannotEdit
 from .plan import Entry, LayerPlan, recomputing
-from .session import Call
+from .session import SESSION, Call
 
 if TYPE_CHECKING:
     from .edits import HeadGain, MassPolicy
@@ -56,8 +56,8 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer. Shapes as transformers gives them: (B, H, Q, D) in, (B, Q, H, D) out."""
-    claim = claims.get(module)
-    session = None if claim is None else claim.engine.session
+    claim, replayed = claims.get(module), kwargs.pop(SESSION, None)
+    session = None if claim is None else replayed if recomputing() else claim.engine.session
     if claim is None or session is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     stream = claim.engine.stream
@@ -66,6 +66,11 @@ def attend(
         if claim.layer in stream.reads:
             stream.outputs[claim.layer] = out[:, -1]
         return out, None
+    if session.checkpointed and replayed is None:
+        raise CannotEdit(
+            f"layer {claim.layer}: {type(module).__name__} is not told which prompt it works on, so a checkpoint could "
+            "not repeat its edit during backward: call model.gradient_checkpointing_disable()"
+        )
     if not session.checked:
         session.hits.add(claim.layer)
     plan = session.plan.layers.get(claim.layer)
@@ -162,9 +167,10 @@ def _rows(edit: MassPolicy, call: Call) -> tuple[int, Tensor | None]:
     if edit.rows == "all":
         return 0, None
     if edit.rows == "last":
-        if session.newest is None:
-            return count - 1, None
-        return 0, torch.arange(count, device=device) == session.newest.to(device)[:, None]
+        if session.newest is None:  # generated rows were the last ones in their turn
+            return max(0, session.prompt - 1 - session.seen), None
+        rows = torch.arange(count, device=device)
+        return 0, (rows == session.newest.to(device)[:, None]) | (rows >= session.prompt)
     first_end, last_end, everywhere = session.image_ends
     start = max(0, first_end - session.seen)
     if start >= count or (everywhere and last_end - session.seen <= start):

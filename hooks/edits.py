@@ -54,7 +54,8 @@ class MassPolicy:
         policy: masses (B, H, Q, G) in fp32 -> coefficients of the same shape.
         names: what the groups are, for the report.
         rows: the query rows that are edited. "after_image" takes rows after the last image token of
-            their sample (and none of a sample without an image), in prefill and in decode.
+            their sample (and none of a sample without an image), in prefill and in decode; "last" the
+            last row of the prompt and every generated one.
         needs_image: raise when no prompt of the batch has an image.
     """
 

@@ -18,7 +18,7 @@ from .attend import NAME, Claim, claims
 from .branch import Stream
 from .errors import CannotEdit
 from .plan import Contribution, Plan
-from .session import Session
+from .session import SESSION, Session
 
 _NOT_ROUTED = (
     "{} at {} cannot take our attention function: "
@@ -160,8 +160,6 @@ class Engine:
     def session(self) -> Session | None:
         """The session of this thread's forward, if edits are on."""
         session: Session | None = getattr(self._local, "session", None)
-        if session is None and self.latest is not None and torch._C._current_graph_task_id() != -1:
-            return self.latest  # a checkpointed block runs again during backward, maybe in another thread
         return session
 
     @property
@@ -212,9 +210,9 @@ class Engine:
             self._by_cache[cache] = self._local.session
         self._local.session = None
 
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.stream is not None:
-            return
+            return None
         session = getattr(self._local, "session", None)
         if session is None:
             raise CannotEdit(
@@ -243,6 +241,8 @@ class Engine:
                 self._local.stream.advance(module, session, kwargs)
             finally:
                 self._local.stream = None
+        session.checkpointed = _is_checkpointed(module)
+        return (args, {**kwargs, SESSION: session}) if session.checkpointed else None
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         session = getattr(self._local, "session", None)
@@ -286,6 +286,13 @@ class Engine:
         finally:
             self._local.combining = False
         return torch.cat([output[:, :-1], newest[:, None]], 1)
+
+
+def _is_checkpointed(decoder: nn.Module) -> bool:
+    """Whether blocks run again during backward."""
+    if not (decoder.training and torch.is_grad_enabled()):
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def _length(cache: Any) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, base_of
 from .edits import Bias, Branch, Edit, HeadGain, Hidden, MassPolicy
-from .engine import engine_of
+from .engine import Engine, engine_of
+from .errors import CannotEdit
 from .plan import Contribution
 from .report import Report
 
@@ -36,9 +37,18 @@ class Run:
 
     def __init__(self, model: Any, interventions: Sequence[Intervention | Edit]) -> None:
         base = base_of(model)
-        self._engine, self._model_name = engine_of(base), type(base).__name__
-        self._contributions = [_contribution(item, self._engine.anatomy) for item in interventions]
+        engine = engine_of(base)
+        self._engine_of_model = weakref.ref(engine)  # a report that is kept must not keep the weights
+        self._model_name, self._stock = type(base).__name__, engine.stock
+        self._contributions = [_contribution(item, engine.anatomy) for item in interventions]
         self._on = False
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._engine_of_model()
+        if engine is None:
+            raise CannotEdit(f"the {self._model_name} of this run is gone: keep a reference to it")
+        return engine
 
     def __enter__(self) -> Run:
         self.start()
@@ -53,14 +63,16 @@ class Run:
         """Attach. Nothing is changed when this raises."""
         if self._on:
             raise RuntimeError("this run is on already; make a new one with regard.apply")
-        self._engine.add(self._contributions)
-        self._on = True
+        engine = self._engine
+        engine.add(self._contributions)
+        self._on, self._stock = True, engine.stock
 
     def stop(self) -> None:
         """Detach. With the last run gone the model is bit-exactly as before."""
-        if self._on:
-            self._on = False
-            self._engine.remove(self._contributions)
+        engine = self._engine_of_model()
+        if self._on and engine is not None:
+            engine.remove(self._contributions)
+        self._on = False
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -82,11 +94,11 @@ class Run:
         """Which layers, heads and rows acted, how often, on which path."""
         tallies = [tally for contribution in self._contributions for tally in contribution.tallies]
         names = [contribution.name for contribution in self._contributions]
-        return Report(self._model_name, self._engine.stock, names, tallies)
+        return Report(self._model_name, self._stock, names, tallies)
 
     def read(self, name: str) -> dict[int, Tensor]:
         """What the `Hidden` edit of that name kept for the newest prompt, by layer."""
-        session = self._engine.latest
+        session = self._engine.latest if self._on else None
         memory = {} if session is None else session.memory
         return {key[1]: kept for key, kept in memory.items() if isinstance(key, tuple) and key[0] == name}
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
+SESSION = "regard_session"  # keyword by which a checkpointed block is given its session again, in backward
+
+
 @dataclass
 class Session:
     """State of one stream. Shapes: B samples (beams included), S prompt tokens.
@@ -37,6 +40,7 @@ class Session:
     rows: int = 0
     cached: bool = False
     checked: bool = False
+    checkpointed: bool = False
     hits: set[int] = field(default_factory=set)
     memory: dict[Any, Any] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
@@ -87,6 +91,11 @@ class Session:
             times = batch // self.image.shape[0]
             self.image = self.image.repeat_interleave(times, 0)
             self.padding = None if self.padding is None else self.padding.repeat_interleave(times, 0)
+        if first and self.plan.whole_prompt and rows > self.prompt:
+            raise CannotEdit(
+                f"{self.plan.whole_prompt} must see the prompt by itself first; its {self.prompt} tokens came with "
+                f"{rows - self.prompt} more: generate without assisted or prompt-lookup decoding"
+            )
         if first and self.plan.whole_prompt and (seen > 0 or rows < self.prompt):
             raise CannotEdit(
                 f"{self.plan.whole_prompt} must see the whole prompt in one forward; it got {rows} of {self.prompt} "

@@ -67,7 +67,8 @@ def divergence(
     branch = Branch(TEXT_ONLY, without_image, layers, every_step=max_new_tokens > 1)
     with Run(model, [branch, reader]):
         if max_new_tokens:
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+            plain = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **plain)  # type: ignore[operator]
             tokens = ids[:, -len(steps[layers[0]]) :]
         else:
             model(**inputs)

@@ -93,7 +93,7 @@ def _options(
 @app.command()
 @_reported
 def demo(
-    items: ItemsOption = 60,
+    items: ItemsOption = 100,
     out: Annotated[
         str, typer.Option(help="Folder of the run; an unfinished run there goes on.")
     ] = "runs/demo",

@@ -108,6 +108,19 @@ def test_generation_may_end_before_its_time(llava: Family) -> None:
     assert found.t_vhd.shape == found.tokens.shape
 
 
+def test_generation_is_greedy_whatever_the_models_defaults(llava: Family) -> None:
+    item = oracles.wide(llava.item(text=8, seed=1))
+    want = regard.divergence(llava.model, item, max_new_tokens=3)
+    settings = llava.model.generation_config
+    settings.num_beams, settings.return_dict_in_generate = 3, True
+    try:
+        found = regard.divergence(llava.model, item, max_new_tokens=3)
+    finally:
+        settings.num_beams, settings.return_dict_in_generate = 1, False
+    assert torch.equal(found.tokens, want.tokens)
+    torch.testing.assert_close(found.t_vhd, want.t_vhd, **CLOSE)
+
+
 def test_the_model_is_as_before(family: Family) -> None:
     item = oracles.wide(family.item(text=8, seed=1))
     before = family.model(**item).logits
@@ -116,6 +129,7 @@ def test_the_model_is_as_before(family: Family) -> None:
     assert family.decoder.config._attn_implementation == "sdpa"
 
 
+@torch.no_grad()
 def test_edits_that_are_on_act_on_the_stream_with_the_image(llava: Family) -> None:
     """VHR has a stream without the image too, over fewer layers and for the prompt only: one serves both."""
     item = llava.item(text=8, seed=1)

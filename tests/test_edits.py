@@ -318,3 +318,38 @@ def test_hidden_below_an_edit_is_plain_and_above_it_is_not() -> None:
         found = run.read("state")
     assert torch.equal(found[1], stock[1])
     assert (found[2] - stock[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rows", ["all", "after_image", "last"])
+def test_rows_are_the_same_without_a_cache(rows: Any) -> None:
+    setting = Setting("llava", 1)
+    edit = setting.policy_edit(towards_image, rows)
+    settings = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with regard.apply(setting.family.model, edit):
+        cached = setting.family.model.generate(**setting.inputs, **settings)
+        free = setting.family.model.generate(**setting.inputs, **settings, use_cache=False)
+    assert torch.allclose(torch.stack(cached.logits), torch.stack(free.logits), atol=1e-4)
+
+
+def test_the_last_row_of_a_sample_padded_on_the_right() -> None:
+    family = build("llava")
+    specs = [{"text": 4, "seed": 1}, {"text": 9, "seed": 2}]
+    inputs = family.batch(specs)
+    for key in ("input_ids", "attention_mask"):
+        inputs[key][0] = inputs[key][0].roll(-5)
+    group = torch.zeros(2, inputs["input_ids"].shape[1], dtype=torch.long)
+    edit = regard.MassPolicy(
+        (1,), lambda call: group[: len(call.query)], lambda m: 0.5 * m, ("text",), "last"
+    )
+    with regard.apply(family.model, edit):
+        both = family.model(**inputs).logits
+        alone = family.model(**family.batch(specs[:1])).logits
+    plain = family.model(**inputs).logits
+    assert torch.allclose(both[0, 14], alone[0, 14], atol=1e-4)
+    assert torch.equal(both[0, :14], plain[0, :14])
+    assert (both - plain)[0, 14].abs().max() > 1e-3

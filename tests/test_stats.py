@@ -140,7 +140,7 @@ def test_same_seed_same_figures_and_quick():
     two, _ = clustered(generator, images=500)
     start = time.perf_counter()
     first = stats.difference(mean, columns(one), columns(two), image)
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 10  # a second or so on a quiet core
     stats._draws.cache_clear()
     stats._swaps.cache_clear()
     assert stats.difference(mean, columns(one), columns(two), image) == first

@@ -100,6 +100,21 @@ def test_every_row_of_a_batch_is_itself_alone(family: Family) -> None:
     torch.testing.assert_close(found[1][3], plain[1][0], **oracles.EXACT)
 
 
+def test_a_row_without_an_image_is_never_edited_whatever_else_moved_it(llava: Family) -> None:
+    """Another edit makes the two streams of a text-only row differ; that is not the image's doing."""
+    inputs = llava.batch([{"text": 12, "seed": 2}, {"text": 7, "seed": 5, "image": False}])
+    bias = regard.Bias(
+        tuple(range(5)), lambda call: 2.0 * (torch.arange(call.key.shape[2]) % 3)[None, None, None]
+    )
+    with regard.apply(llava.model, bias):
+        want = logits_of(llava, inputs)
+    with regard.apply(llava.model, bias, regard.VHR(layers=LAYERS)):
+        found = logits_of(llava, inputs)
+    for got, before in zip(found, want, strict=True):
+        torch.testing.assert_close(got[1], before[1], **oracles.EXACT)
+        assert (got[0] - before[0]).abs().max() > 0.5
+
+
 @torch.no_grad()
 def test_padding_on_the_right_moves_the_last_row(llava: Family) -> None:
     items = [llava.item(text=9, seed=2), llava.item(text=5, seed=3)]
