@@ -114,6 +114,7 @@ def _biased(plan: LayerPlan, call: Call, mask: Tensor | None, causal: bool) -> T
     """The mask with every bias added to it, in the query's dtype."""
     total: Tensor | None = None
     for entry in plan.bias:
+        call.owner = entry.owner
         bias = entry.edit.bias(call)
         if bias is None:
             continue
@@ -141,6 +142,7 @@ def _member(entry: Entry[MassPolicy], call: Call) -> Tensor | None:
     """(B, K, G) membership of the keys; the prompt's part is found once and kept."""
     memory = call.session.memory
     if entry.key not in memory:
+        call.owner = entry.owner
         groups = entry.edit.groups(call)
         memory[entry.key] = (
             None
@@ -226,6 +228,7 @@ def _gain(entry: Entry[HeadGain], call: Call, out: Tensor) -> Tensor | None:
         gain = memory[entry.key]
     else:
         call.output = out
+        call.owner = entry.owner
         gain = entry.edit.gain(call)
         if gain is not None:
             if entry.edit.heads is not None:

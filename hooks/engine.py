@@ -268,9 +268,10 @@ class Engine:
         if self.stream is not None or session is None:
             return
         for entry in session.plan.hidden.get(layer, ()):
-            if (entry.edit.name, layer) not in session.memory:
+            kept = session.hidden.setdefault((entry.edit.name, layer), {})
+            if entry.owner not in kept:
                 hidden = args[0] if args else kwargs["hidden_states"]
-                session.memory[entry.edit.name, layer] = entry.edit.read(hidden, session)
+                kept[entry.owner] = entry.edit.read(hidden, session)
                 entry.tally.count(True, hidden.shape[1])
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

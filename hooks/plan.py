@@ -51,10 +51,11 @@ class Tally:
 
 @dataclass
 class Entry(Generic[E]):
-    """One edit in one layer. `key` is what the session's memory files its results under."""
+    """One edit in one layer. `owner` is the identity of its contribution; `key` files what it remembers."""
 
     edit: E
     tally: Tally
+    owner: int
     key: tuple[int, int]
 
 
@@ -126,16 +127,16 @@ class Plan:
                 _add_branch(self.branches, edit)
                 continue
             for layer in edit.layers:
-                key, tally = (number, layer), owner.tally(edit, layer)
+                place = owner.tally(edit, layer), id(owner), (number, layer)
                 at = self.layers.setdefault(layer, LayerPlan())
                 if isinstance(edit, Hidden):
-                    self.hidden.setdefault(layer, []).append(Entry(edit, tally, key))
+                    self.hidden.setdefault(layer, []).append(Entry(edit, *place))
                 elif isinstance(edit, Bias):
-                    at.bias.append(Entry(edit, tally, key))
+                    at.bias.append(Entry(edit, *place))
                 elif isinstance(edit, MassPolicy):
-                    at.policies.append(Entry(edit, tally, key))
+                    at.policies.append(Entry(edit, *place))
                 else:
-                    at.gains.append(Entry(edit, tally, key))
+                    at.gains.append(Entry(edit, *place))
         self.needs_image = _names(contributions, _needs_image)
         self.whole_prompt = _names(contributions, _reads_prompt_once)
 
@@ -159,6 +160,10 @@ def _add_branch(branches: list[Branch], new: Branch) -> None:
             every_step = old.every_step or new.every_step
             branches[number] = replace(old, layers=layers, every_step=every_step, combine=combine)
             return
+        if old.name == new.name:
+            raise CannotEdit(
+                f"two branches are called {new.name!r} but keep other tokens: give one another name"
+            )
     branches.append(new)
 
 

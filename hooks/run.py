@@ -99,8 +99,14 @@ class Run:
     def read(self, name: str) -> dict[int, Tensor]:
         """What the `Hidden` edit of that name kept for the newest prompt, by layer."""
         session = self._engine.latest if self._on else None
-        memory = {} if session is None else session.memory
-        return {key[1]: kept for key, kept in memory.items() if isinstance(key, tuple) and key[0] == name}
+        ours = {id(contribution) for contribution in self._contributions}
+        found = {} if session is None else session.hidden
+        return {
+            layer: kept
+            for (own_name, layer), by_owner in found.items()
+            for owner, kept in by_owner.items()
+            if own_name == name and owner in ours
+        }
 
 
 def _contribution(item: Intervention | Edit, anatomy: Anatomy) -> Contribution:

@@ -43,6 +43,7 @@ class Session:
     checkpointed: bool = False
     hits: set[int] = field(default_factory=set)
     memory: dict[Any, Any] = field(default_factory=dict)
+    hidden: dict[tuple[str, int], dict[int, Tensor]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
     _step: dict[Any, Any] = field(default_factory=dict)
 
@@ -170,12 +171,13 @@ class Call:
     set for `HeadGain` only.
     """
 
-    __slots__ = ("cross", "key", "layer", "output", "query", "session")
+    __slots__ = ("cross", "key", "layer", "output", "owner", "query", "session")
 
     def __init__(self, session: Session, layer: int, cross: bool, query: Tensor, key: Tensor) -> None:
         self.session, self.layer, self.cross = session, layer, cross
         self.query, self.key = query, key
         self.output: Tensor | None = None
+        self.owner = 0  # the contribution whose edit is asked
 
     @property
     def prefill(self) -> bool:
@@ -211,8 +213,9 @@ class Call:
         return newest_rows(self.output, self.session.newest)
 
     def read(self, name: str) -> Tensor:
-        """What the `Hidden` edit of that name kept in this layer."""
-        return self.session.memory[name, self.layer]
+        """What the `Hidden` edit of that name kept in this layer; the intervention's own, if it has one."""
+        kept = self.session.hidden[name, self.layer]
+        return kept.get(self.owner, next(reversed(kept.values())))
 
     def branch(self, name: str) -> Tensor:
         """Head outputs (B, H, D) of the branch of that name in this layer, at its newest row."""

@@ -53,7 +53,8 @@ def divergence(
     Raises:
         NoImageTokens: no prompt has an image.
     """
-    parts = anatomy(base_of(model))
+    model = base_of(model)
+    parts = anatomy(model)
     layers = parts.self_layers
     top = max(1, parts.heads // 2) if top is None else top
     if not 1 <= top <= parts.heads:

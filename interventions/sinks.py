@@ -100,7 +100,8 @@ def sink_dimensions(model: nn.Module, inputs: Mapping[str, Any], most: int = 4) 
     Raises:
         CannotEdit: the engine cannot attach to this model.
     """
-    parts = anatomy(base_of(model))
+    model = base_of(model)
+    parts = anatomy(model)
     tau = max(LEAST_TAU, PAPER_TAU * (parts.hidden / PAPER_HIDDEN) ** 0.5)
     layers = parts.self_layers[2:] or parts.self_layers
 

@@ -39,6 +39,7 @@ from ..hooks.session import Call, Session
 from .method import Method
 from .sinks import known_sinks, sink_strength
 
+SINKS = "sinks"
 TEXT, IMAGE, IMAGE_SINK, TEXT_SINK = range(4)
 GROUPS = ("text", "image", "image sink", "text sink")
 
@@ -122,12 +123,7 @@ class VAR(Method):
         def find(hidden: Tensor, session: Session) -> Tensor:
             return self.sinks(hidden, dims)
 
-        return Hidden(self.filed, layers, find), MassPolicy(layers, self.groups, self.policy, GROUPS)
-
-    @property
-    def filed(self) -> str:
-        """The name of its sinks, which VARs with another idea of a sink on the same model must not share."""
-        return f"sinks of {self.sink_dims}, {self.variant} tau {self.tau}"
+        return Hidden(SINKS, layers, find), MassPolicy(layers, self.groups, self.policy, GROUPS)
 
     def sinks(self, hidden: Tensor, dims: Sequence[int]) -> Tensor:
         """Which tokens are sinks: hidden (B, S, C) -> (B, S) bool."""
@@ -136,7 +132,7 @@ class VAR(Method):
 
     def groups(self, call: Call) -> Tensor | None:
         """Group of each prompt token, (B, S). Padding is plain text and has no mass."""
-        sinks, image = call.read(self.filed), call.session.image.to(call.query.device)
+        sinks, image = call.read(SINKS), call.session.image.to(call.query.device)
         padding = call.session.padding
         if padding is not None:
             sinks = sinks & ~padding.to(sinks.device)

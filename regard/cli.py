@@ -93,7 +93,7 @@ def _options(
 @app.command()
 @_reported
 def demo(
-    items: ItemsOption = 100,
+    items: ItemsOption = 80,
     out: Annotated[
         str, typer.Option(help="Folder of the run; an unfinished run there goes on.")
     ] = "runs/demo",
@@ -104,6 +104,10 @@ def demo(
 
     Example: `regard demo --items 30 --recipes none,vhr,var:transfer=0.3`
     """
+    import torch
+
+    # The model is so small that threads mostly wait for each other, and on a busy machine they wait long.
+    torch.set_num_threads(1)
     model, processor = load_model("miniature", "float32", "cpu")
     _bench(
         model, processor, ["pope", "chair"], recipes, "miniature", out, items=items, seed=seed, batch_size=32

@@ -353,3 +353,13 @@ def test_the_last_row_of_a_sample_padded_on_the_right() -> None:
     assert torch.allclose(both[0, 14], alone[0, 14], atol=1e-4)
     assert torch.equal(both[0, :14], plain[0, :14])
     assert (both - plain)[0, 14].abs().max() > 1e-3
+
+
+def test_text_rows_beside_image_rows_are_left_alone() -> None:
+    llava = build("llava")
+    inputs = llava.batch([{"image": False, "seed": 1}, {"seed": 2, "text": 5}])
+    before = llava.model(**inputs).logits[:, -1]
+    with regard.apply(llava.model, regard.VHR(alpha=3.0, layers=(0, 1, 2))):
+        after = llava.model(**inputs).logits[:, -1]
+    assert torch.allclose(after[0], before[0], atol=1e-5)
+    assert (after[1] - before[1]).abs().max() > 1e-2

@@ -322,6 +322,17 @@ def test_guesses_read_with_the_prompt_are_refused(llava: Family, kind: str) -> N
     assert torch.equal(llava.model(**inputs).logits, before)
 
 
+def test_guessing_beside_a_contrastive_branch_is_refused(llava: Family) -> None:
+    """Several tokens are scored in one forward; only the newest would be contrasted."""
+    inputs = llava.inputs(text=8)
+    settings = {"max_new_tokens": 60, "do_sample": False, "prompt_lookup_num_tokens": 3}
+    with (
+        regard.apply(llava.model, contrast()),
+        pytest.raises(regard.CannotEdit, match="branch 'text' follows"),
+    ):
+        llava.model.generate(**inputs, **settings)
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_a_contrastive_branch_follows_its_beams(name: str) -> None:
     """With a cache of its own, reordered with the beams, as without any cache."""

@@ -1,10 +1,11 @@
 """Train the miniature LVLM from nothing, in three stages that can be stopped and resumed.
 
-    python -m regard.evals.miniature.train_lvlm --out runs/lvlm --minutes 90
+    python -m regard.evals.miniature.train_lvlm --out runs/lvlm --compile
+    python -m regard.evals.miniature.train_lvlm --out runs/lvlm --device cuda --bf16 --compile --batch 256 --workers 14
 
 tower: the CLIP tower learns which category covers each patch. ground: many short questions per image, and an
-alignment loss that draws a patch's projected feature to its category's word. talk: the wording used later, on
-harder scenes. The folder then holds a model that `from_pretrained` reads.
+alignment loss that draws a patch's projected feature to its category's word. talk: the wording used later on
+harder scenes, and the sink loss of `sinks.py`. The folder then holds a model that `from_pretrained` reads.
 """
 
 import argparse
