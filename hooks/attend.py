@@ -197,7 +197,11 @@ def _reweighted(
     first = min(start for start, _ in spans)
     if first >= count:
         return None
-    steps, chosen = [], torch.zeros(batch, count - first, dtype=torch.bool, device=call.query.device)
+    steps, offered, chosen = (
+        [],
+        [],
+        torch.zeros(batch, count - first, dtype=torch.bool, device=call.query.device),
+    )
     for (entry, member), (start, rows) in zip(members, spans, strict=True):
         own = torch.zeros_like(chosen)
         own[:, start - first :] = True if rows is None else rows
@@ -205,10 +209,14 @@ def _reweighted(
         whole = rows is None and start == first
         steps.append(Reweighting(member, entry.edit.policy if whole else _only(entry.edit.policy, own)))
         entry.tally.count(call.prefill, count - start)
+        offered.append(own)
     seen = _causal(call)[None, None] if _is_causal(module, call, mask, kwargs) else mask
     tail = seen[:, :, first:] if seen is not None and seen.shape[2] > 1 else seen
     scale = kwargs.get("scaling") or call.query.shape[-1] ** -0.5
-    edited = reweighted_rows(call.query[:, :, first:], call.key, value, tail, scale, steps).out
+    result = reweighted_rows(call.query[:, :, first:], call.key, value, tail, scale, steps)
+    edited = result.out
+    for (entry, _), own, changed in zip(members, offered, result.changed, strict=True):
+        entry.tally.count_pairs(own, changed)
     if first == 0 and any(rows is None and start == 0 for start, rows in spans):
         return edited
     out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)

@@ -26,7 +26,8 @@ class Tally:
     """How often one edit acted in one layer, and how.
 
     `prefill` and `decode` count forwards, `rows` edited query rows (of one sample), `path` names the
-    arithmetic, `gain` (B, H) is the newest set of head factors.
+    arithmetic, `gain` (B, H) is the newest set of head factors. Of `offered` pairs of head and row, a policy
+    changed `changed`.
     """
 
     intervention: str
@@ -37,6 +38,8 @@ class Tally:
     decode: int = 0
     rows: int = 0
     gain: Tensor | None = None
+    offered: Tensor | int = 0
+    changed: Tensor | int = 0
 
     def count(self, prefill: bool, rows: int) -> None:
         """Note one forward in which `rows` query rows were edited."""
@@ -47,6 +50,12 @@ class Tally:
         else:
             self.decode += 1
         self.rows += rows
+
+    def count_pairs(self, offered: Tensor, changed: Tensor) -> None:
+        """Note which rows (B, Q) a policy was offered, and which heads and rows (B, H, Q) it changed."""
+        if not recomputing():  # sums stay on the device: no wait for the GPU in mid-generation
+            self.offered = self.offered + offered.sum() * changed.shape[1]
+            self.changed = self.changed + changed.sum()
 
 
 @dataclass

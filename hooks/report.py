@@ -44,13 +44,22 @@ class Report:
             heads = [count for tally in acted if (count := _heads(tally)) is not None]
             if heads:
                 line += f"; heads a layer {min(heads):g} to {max(heads):g} (newest prompt)"
-            lines.append(line + f"; rows a layer {acted[0].rows}")
+            line += f"; rows a layer {acted[0].rows}"
+            shares = [share for tally in acted if (share := _share(tally)) is not None]
+            if shares:
+                line += f"; changed {min(shares):.0%} to {max(shares):.0%} of heads and rows"
+            lines.append(line)
         return "\n".join(lines)
 
 
 def _heads(tally: Tally) -> float | None:
     """Mean number of edited heads per sample in the newest forward."""
     return None if tally.gain is None else float((tally.gain != 1).sum(-1).float().mean())
+
+
+def _share(tally: Tally) -> float | None:
+    """Share of the pairs of head and row that a policy changed; None for other edits."""
+    return float(tally.changed / tally.offered) if int(tally.offered) else None
 
 
 def _record(tally: Tally) -> dict[str, Any]:
@@ -63,6 +72,7 @@ def _record(tally: Tally) -> dict[str, Any]:
         "decode_steps": tally.decode,
         "rows": tally.rows,
         "heads": _heads(tally),
+        "changed": _share(tally),
     }
 
 

@@ -15,7 +15,7 @@ from ..hooks.run import Run
 
 PAPER_TAU = 20.0
 PAPER_HIDDEN = 4096
-LEAST_TAU = 5.0  # a Gaussian channel does not reach this, however narrow the model
+LEAST_TAU = 6.0  # a Gaussian channel does not reach this, however narrow the model
 
 
 class KnownSinks(NamedTuple):
@@ -75,7 +75,7 @@ class SinkDimensions:
 
     Attributes:
         dims: channels that are outlying in more than half of the layers, strongest first; may be empty.
-        tau: VAR's threshold at the same share of a token's energy as 20 has at 4,096 channels, at least 5.
+        tau: VAR's threshold at the same share of a token's energy as 20 has at 4,096 channels, at least 6.
         strength: mean over layers of the largest |x| / rms(x) of each channel, (C,).
     """
 
@@ -90,7 +90,7 @@ def sink_dimensions(model: nn.Module, inputs: Mapping[str, Any], most: int = 4) 
 
     A channel counts in a layer from 2 on when the largest |x| / rms(x) that any token reaches there is at
     least tau, which for a width of C channels is 20 * sqrt(C / 4096): a tenth of the token's energy in
-    one channel, and never less than 5. It is a sink dimension when it counts in more than half of these layers.
+    one channel, and never less than 6. It is a sink dimension when it counts in more than half of these layers.
 
     Args:
         model: any model that the engine can attach to.

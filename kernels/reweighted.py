@@ -26,10 +26,13 @@ class Reweighting(NamedTuple):
 
 
 class Reweighted(NamedTuple):
-    """`out` (B, Q, H, D) in the inputs' dtype; `masses` one (B, H, Q, G) per policy, fp32 or wider."""
+    """`out` (B, Q, H, D) in the inputs' dtype. Per policy: `masses` (B, H, Q, G), fp32 or wider, and
+    `changed` (B, H, Q) bool, the rows in which some coefficient is not 1.
+    """
 
     out: Tensor
     masses: list[Tensor]
+    changed: list[Tensor]
 
 
 def reweighted_rows(
@@ -63,12 +66,14 @@ def reweighted_rows(
         else:
             scores = scores + mask.to(wide)
     probs = scores.softmax(-1)
-    masses = []
+    masses, changed = [], []
     for member, policy in reweightings:
         member = member.to(wide)[:, None]
         mass = probs @ member
-        probs = probs * (policy(mass).to(wide) @ member.transpose(2, 3))
+        coefficients = policy(mass).to(wide)
+        probs = probs * (coefficients @ member.transpose(2, 3))
+        changed.append((coefficients != 1).any(-1))
         masses.append(mass)
     out = probs.reshape(batch, kv_heads, -1, keys) @ value.to(wide)
     out = out.reshape(batch, heads, count, value.shape[-1]).transpose(1, 2)
-    return Reweighted(out.to(query.dtype).contiguous(), masses)
+    return Reweighted(out.to(query.dtype).contiguous(), masses, changed)

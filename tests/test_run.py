@@ -202,7 +202,7 @@ def test_counts_are_exact(llava: Family) -> None:
     assert lines["MassPolicy", 2]["rows"] == 11 + 7 + decodes  # the image ends the prompt but for its text
     assert lines["HeadGain", 1] | {"path": ""} == {
         "intervention": "HeadGain", "edit": "HeadGain", "layer": 1, "path": "",
-        "prefills": 0, "decode_steps": 0, "rows": 0, "heads": None,
+        "prefills": 0, "decode_steps": 0, "rows": 0, "heads": None, "changed": None,
     }  # fmt: skip
 
 
@@ -211,6 +211,21 @@ def test_rows_of_a_policy(llava: Family, rows: Any, prompt: int) -> None:
     with regard.apply(llava.model, policy(rows)) as run:
         ids_of(llava, llava.inputs())
     assert {line["rows"] for line in records(run).values()} == {prompt + STEPS - 1}
+    assert all(0 < line["changed"] <= 1 for line in records(run).values())
+
+
+def test_report_tells_rows_that_a_policy_leaves_alone(llava: Family) -> None:
+    """A policy that acts on even heads only changes half of what it is offered."""
+
+    def even(masses: Tensor) -> Tensor:
+        factors = torch.ones_like(masses)
+        factors[:, ::2, :, 1] = 0.5
+        return factors
+
+    edit = regard.MassPolicy((1,), lambda call: call.session.image.long(), even, ("text", "image"))
+    with regard.apply(llava.model, edit) as run:
+        ids_of(llava, llava.batch([{"text": 5, "seed": 1}, {"text": 9, "seed": 2}]))
+    assert [line["changed"] for line in records(run).values()] == [0.5]
 
 
 def test_vhr_edits_half_of_the_heads(llava: Family) -> None:
