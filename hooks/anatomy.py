@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,17 +110,28 @@ def base_of(model: Any) -> nn.Module:
     return model
 
 
-def _attention_modules(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
+def _sites(modules: Mapping[str, nn.Module], decoder_path: str) -> tuple[Site, ...]:
+    """The attention modules below the decoder, in order."""
+    inside = f"{decoder_path}." if decoder_path else ""
     found = {
         path: module
-        for path, module in decoder.named_modules()
-        if isinstance(getattr(module, "layer_idx", None), int)
+        for path, module in modules.items()
+        if path.startswith(inside)
+        and isinstance(vars(module).get("layer_idx"), int)
         and "attention" in type(module).__name__.lower()
     }
     blocks = {
         path.rpartition(".")[0] for path in found
-    }  # their names may match too: MllamaCrossAttentionDecoderLayer
-    return [(path, module) for path, module in found.items() if path not in blocks]
+    }  # a block's name may match too: MllamaCrossAttentionDecoderLayer
+    return tuple(
+        Site(module.layer_idx, path, module, modules[path.rpartition(".")[0]], _is_cross(module))  # type: ignore[arg-type]
+        for path, module in found.items()
+        if path not in blocks
+    )
+
+
+def _is_cross(module: nn.Module) -> bool:
+    return "cross" in type(module).__name__.lower()
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:
@@ -140,14 +152,9 @@ def anatomy(model: nn.Module) -> Anatomy:
     if not hasattr(model, "config"):
         raise CannotEdit(f"{type(model).__name__} has no config: only transformers models can be edited")
     decoder = _find_decoder(model)
-    names = {id(module): path for path, module in model.named_modules()}
-    path = names.get(id(decoder), type(decoder).__name__)
-    modules = dict(decoder.named_modules())
-    sites = []
-    for module_path, module in _attention_modules(decoder):
-        parent = modules[module_path.rpartition(".")[0]]
-        cross = "cross" in type(module).__name__.lower()
-        sites.append(Site(int(module.layer_idx), f"{path}.{module_path}", module, parent, cross))  # type: ignore[arg-type]
+    modules = dict(model.named_modules())
+    path = next((path for path, module in modules.items() if module is decoder), "")
+    sites = _sites(modules, path)
     if not sites:
         raise CannotEdit(
             f"{type(model).__name__}: no attention module with a layer_idx under {path} "
@@ -164,7 +171,7 @@ def anatomy(model: nn.Module) -> Anatomy:
         text_type=str(config.model_type),
         decoder=decoder,
         decoder_path=path,
-        sites=tuple(sites),
+        sites=sites,
         layers=max({site.layer for site in sites} | set(lost)) + 1,
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),

@@ -29,10 +29,10 @@ _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictiona
 
 def engine_of(model: nn.Module) -> Engine:
     """The engine of a model; made when there is none."""
-    if model not in _engines:
-        _engines[model] = Engine(model)
-    engine = _engines[model]
-    if not engine.attached:
+    engine = _engines.get(model)
+    if engine is None:
+        engine = _engines[model] = Engine(model)
+    elif not engine.attached:
         engine.anatomy = anatomy(model)  # modules may have been replaced since the last run
     return engine
 
@@ -79,7 +79,6 @@ class Engine:
             CannotEdit, OutOfRange: before anything is changed.
         """
         if not self._runs:
-            self.anatomy = anatomy(self.model)
             check_editable(self.model, self.anatomy)
         for contribution in contributions:
             contribution.check(self.anatomy)
@@ -344,7 +343,7 @@ def check_editable(model: nn.Module, parts: Anatomy) -> None:
     for path, module in model.named_modules():
         if (
             getattr(module, "_compiled_call_impl", None) is not None
-            or hasattr(module, "_orig_mod")
+            or "_orig_mod" in module._modules
             or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
         ):
             raise CannotEdit(
