@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from regard.evals.chair import chair_objects
-from regard.evals.miniature import load_miniature
+from regard.evals.miniature import load_miniature, train_lvlm
 from regard.evals.miniature.backgrounds import background
 from regard.evals.miniature.batches import STAGES, Batches, Words, absent, block_mask, make_row, patch_targets
 from regard.evals.miniature.categories import CATEGORIES, COCO_IDS, COMPANIONS, NAMES, SETTINGS
@@ -161,7 +161,7 @@ def test_coco_files_read_by_pycocotools(tmp_path):
     instances, captions = COCO(str(folder / "instances.json")), COCO(str(folder / "captions.json"))
     assert len(instances.getImgIds()) == 30
     for image in instances.loadImgs(instances.getImgIds()):
-        scene = make_scene(image["id"])
+        scene = make_scene(image["id"], "test", "hard")
         picture = np.asarray(Image.open(folder / "images" / image["file_name"]))
         assert re.fullmatch(r"scene_\d{12}\.png", image["file_name"])
         assert np.array_equal(picture, np.asarray(scene.image))
@@ -248,6 +248,21 @@ def test_sink_loss_marks_bos_and_plain_corners():
     assert sink_loss((good,) * 6, ~marked) > 1
 
 
+def test_training_stops_and_resumes(tmp_path, capsys):
+    """Killed after its first stage and started again, training ends with the weights of an unbroken run."""
+    from safetensors.torch import load_file
+
+    size = ["--images", "4", "--batch", "2", "--workers", "0", "--warmup", "1"]
+    threads = torch.get_num_threads()
+    train_lvlm.main(["--out", str(tmp_path / "whole"), *size])
+    train_lvlm.main(["--out", str(tmp_path / "parts"), "--stage", "tower", *size])
+    train_lvlm.main(["--out", str(tmp_path / "parts"), *size])
+    torch.set_num_threads(threads)
+    assert capsys.readouterr().out.count("done") == 3
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+
+
 # The model
 
 
@@ -280,7 +295,7 @@ def test_model_is_the_real_class_and_small(lvlm):
 def test_model_sees_and_is_misled(lvlm):
     """POPE on held-out scenes: far above chance; objects that usually go with what is there mislead it."""
     scores = pope(*lvlm, held_out(20, first=5000))
-    assert scores["random"].accuracy > 0.85
+    assert scores["random"].accuracy > 0.88
     assert scores["adversarial"].accuracy > 0.7
     assert scores["adversarial"].accuracy < scores["random"].accuracy
     assert sum(score.unclear for score in scores.values()) == 0
@@ -304,7 +319,7 @@ def test_model_is_at_chance_without_the_image(lvlm):
 
 def test_model_describes_and_sometimes_errs(lvlm):
     score = chair(*lvlm, held_out(32, first=6000))
-    assert score.recall > 0.7
+    assert score.recall > 0.65
     assert 0.03 < score.chair_i < 0.25
     assert 20 < score.words_per_caption < 70
 

@@ -15,7 +15,7 @@ import torch
 
 from . import language
 from .categories import COCO_IDS, INDEX, NAMES, SETTINGS
-from .model import IMAGE_TOKENS, PATCH
+from .model import IMAGE_TOKENS, PATCH, SPECIAL
 from .scenes import SIDE, Scene, make_scene
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Words:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self.core = tokenizer.backend_tokenizer
         self.bos, self.eos, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-        self.image = tokenizer.convert_tokens_to_ids("<image>")
+        self.image = SPECIAL.index("<image>")
         self.memory: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:

@@ -17,7 +17,7 @@ def coco_files(
     count: int = 500,
     seed: int = 0,
     split: Split = "test",
-    difficulty: str | Difficulty = "standard",
+    difficulty: str | Difficulty = "hard",
     least: int = 3,
 ) -> Path:
     """Write `count` scenes in COCO's format and return the folder.
@@ -27,6 +27,7 @@ def coco_files(
         count: number of images.
         seed: seed of the first scene; an image's id is its seed, and the seeds rise from there.
         split: `test` scenes are never among those that the miniatures were trained on.
+        difficulty: see `scenes.DIFFICULTIES`.
         least: scenes with fewer distinct categories are passed over (POPE needs three).
     """
     folder = Path(folder)

@@ -103,7 +103,7 @@ def build_model(
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=SPECIAL.index("<image>"),
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=IMAGE_TOKENS,

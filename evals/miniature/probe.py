@@ -1,6 +1,6 @@
 """POPE and CHAIR of a model folder on held-out scenes, greedy, without an engine: a check while it trains.
 
-python -m regard.evals.miniature.probe FOLDER [number of scenes]
+python -m regard.evals.miniature.probe FOLDER [number of scenes] [easy, standard or hard]
 """
 
 import sys
@@ -20,11 +20,11 @@ FIRST_SEED = 900_000_000
 """Held-out scenes of the model card count up from here; runs of the benchmarks take other seeds."""
 
 
-def held_out(count: int, first: int = FIRST_SEED) -> list[Scene]:
+def held_out(count: int, first: int = FIRST_SEED, difficulty: str = "hard") -> list[Scene]:
     """`count` held-out scenes with three categories or more."""
     scenes: list[Scene] = []
     while len(scenes) < count:
-        scene = make_scene(first)
+        scene = make_scene(first, "test", difficulty)
         scenes += [scene] if len(scene.categories) >= 3 else []
         first += 1
     return scenes
@@ -84,7 +84,8 @@ def main() -> None:
 
     model = LlavaForConditionalGeneration.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(sys.argv[1])
-    scenes = held_out(int(sys.argv[2]) if len(sys.argv) > 2 else 100)
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 100
+    scenes = held_out(count, difficulty=sys.argv[3] if len(sys.argv) > 3 else "hard")
     score = chair(model, processor, scenes)
     print(score.to_dict(), flush=True)
     for record in score.captions[:3]:

@@ -14,7 +14,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,8 @@ class Trainer:
         self.processor = build_processor()
         self.words = Words(self.processor.tokenizer)
         self.device, self.bf16 = device, bf16
-        self.model = build_model(self.processor.tokenizer, hidden, layers).to(device)
+        model = cast(Any, build_model(self.processor.tokenizer, hidden, layers))
+        self.model = model.to(device)
         width = self.model.config.vision_config.hidden_size
         self.heads = nn.ModuleDict(
             {"patch": nn.Linear(width, len(NAMES) + 1), "cls": nn.Linear(width, len(NAMES))}
