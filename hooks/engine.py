@@ -98,8 +98,6 @@ class Engine:
             self.watch()
             return
         self._unwatch()
-        for site in self.anatomy.sites:
-            claims.pop(site.module, None)
         decoder: Any = self.anatomy.decoder
         decoder.set_attn_implementation(self.stock)
         self.latest = None
@@ -111,8 +109,6 @@ class Engine:
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
             raise CannotEdit(_NOT_ROUTED.format(type(decoder).__name__, self.anatomy.decoder_path))
-        for site in self.anatomy.sites:
-            claims[site.module] = Claim(self, site.layer, site.cross)
 
     def watch(self) -> None:
         """Install the hooks that the edits at hand need, and no other."""
@@ -128,7 +124,10 @@ class Engine:
         if hasattr(model, "generate"):
             self._own_generate = vars(model).get("generate")
             model.__dict__["generate"] = _watched_generate(self, self._own_generate)
+        reading = plan.reading
         for site in self.anatomy.sites:
+            if plan.layers.get(site.layer) or site.layer in reading:
+                claims[site.module] = Claim(self, site.layer, site.cross)
             if site.layer in plan.hidden:
                 read = functools.partial(self._before_block, site.layer)
                 keep(site.block.register_forward_pre_hook(read, with_kwargs=True))
@@ -146,6 +145,8 @@ class Engine:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for site in self.anatomy.sites:
+            claims.pop(site.module, None)
         model = self._model()
         if model is None:
             return

@@ -15,7 +15,7 @@ from regard.evals.sources import DataError, find_sources
 def coco(tmp_path_factory):
     from regard.evals.miniature.coco import coco_files
 
-    return coco_files(tmp_path_factory.mktemp("coco") / "data", 6, seed=50)
+    return coco_files(tmp_path_factory.mktemp("coco") / "data", 6, seed=60)
 
 
 def test_missing_images_are_one_error(coco, tmp_path, monkeypatch):

@@ -346,7 +346,7 @@ def test_a_narrow_model_that_is_known_brings_its_own_threshold() -> None:
     """The miniature has 128 channels, so 20 cannot be; a threshold that can be is kept."""
     parts = replace(anatomy(build("llava").model), hidden=128, layers=6)
     state = torch.zeros(1, 2, 128)
-    state[0, :, 7], state[0, :, 8] = torch.tensor([10.0, 6.0]), 10.0  # |x| / rms(x) of 8.0 and 5.8
+    state[0, :, 7], state[0, :, 8] = torch.tensor([10.0, 7.0]), 10.0  # |x| / rms(x) of 8.0 and 6.5
     for tau, want in ((20.0, [True, True]), (7.0, [True, False]), (4.0, [True, True])):
         reader, _ = VAR(tau=tau).edits(parts)
         assert reader.read(state, None)[0].tolist() == want
