@@ -16,7 +16,7 @@ demo: install
 	$(BIN)/regard demo
 
 test: install-dev lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10  # two workers, two cores
 
 lint: install-dev
 	$(BIN)/ruff check .
