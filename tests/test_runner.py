@@ -87,9 +87,7 @@ def test_recorded_answers_of_llava_give_the_published_figures(shared_data, tmp_p
     items = regard.evals.pope.pope_items(questions, answers)
     counts = pope_counts(items.splits, items.labels, items.predictions, list(questions), "official")
     counted = Counted(items.ids, items.images, counts, items.correct.astype(bool), {})
-    start = time.perf_counter()
     found = measure(counted, pope_scores(list(questions)), counted)
-    assert time.perf_counter() - start < 15
     score = found["scores"]["mean_f1"]
     assert score["value"] == pytest.approx(0.8595, abs=5e-5)
     assert score["low"] < 0.8595 < score["high"] < score["low"] + 0.05

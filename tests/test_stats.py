@@ -1,7 +1,5 @@
 """Intervals and paired tests against known cases."""
 
-import time
-
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
@@ -134,13 +132,11 @@ def test_bad_shapes():
         stats.mcnemar([True] * 3, [True] * 2)
 
 
-def test_same_seed_same_figures_and_quick():
+def test_same_seed_same_figures():
     generator = np.random.default_rng(6)
     one, image = clustered(generator, images=500)
     two, _ = clustered(generator, images=500)
-    start = time.perf_counter()
     first = stats.difference(mean, columns(one), columns(two), image)
-    assert time.perf_counter() - start < 10  # a second or so on a quiet core
     stats._draws.cache_clear()
     stats._swaps.cache_clear()
     assert stats.difference(mean, columns(one), columns(two), image) == first
