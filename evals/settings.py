@@ -42,7 +42,7 @@ class Setting:
 
     def attach(self, model: Any) -> AbstractContextManager[Any]:
         """The engine on this model, with this setting. The baseline is the engine with a null edit."""
-        from .. import apply
+        from ..interventions import apply
 
         return apply(model, *self.interventions)
 
@@ -140,7 +140,7 @@ def _setting(recipe: Recipe, model: Any, label: str | None = None) -> Setting:
 
 
 def _named(text: str, model: Any) -> Any:
-    from .. import recipe as find
+    from ..interventions import recipe as find
 
     name, *settings = text.split(":")
     if name == BASELINE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ from ..hooks.edits import Edit
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """Base of the frozen dataclasses in this folder. Subclasses fill the class variables and `edits`."""
 
     name: ClassVar[str]
@@ -26,6 +27,6 @@ class Method:
         """The method with the paper's defaults for this model."""
         return cls()
 
+    @abstractmethod
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """The edits it asks for on a model of this anatomy."""
-        raise NotImplementedError(type(self).__name__)

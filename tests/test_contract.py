@@ -46,6 +46,11 @@ def generate(family: Family, inputs: dict[str, Tensor], **more: Any) -> tuple[Te
     return out.sequences[:, -logits.shape[1] :], logits
 
 
+def differ(plain: Tensor, edited: Tensor) -> bool:
+    """Whether an edit did something: without it the other comparisons would hold for the identity too."""
+    return bool((plain - edited).abs().max() > 1e-3)
+
+
 def is_clean(family: Family) -> bool:
     modules = list(family.model.modules())
     hooks = [h for m in modules for h in [*m._forward_pre_hooks.values(), *m._forward_hooks.values()]]
@@ -153,6 +158,7 @@ def test_two_models_and_two_threads(family: Family) -> None:
         with regard.apply(one.model, edit_of("vhr", one)):
             alone.append(generate(one, given)[1])
     plain = generate(other, inputs[1])[1]
+    assert differ(plain, alone[1])
     with regard.apply(family.model, edit_of("vhr", family)):
         assert torch.equal(generate(other, inputs[1])[1], plain)
     found: dict[int, Tensor] = {}
@@ -194,6 +200,7 @@ def test_static_cache_equals_dynamic(family: Family, kind: str) -> None:
         static_ids, static = generate(family, inputs, cache_implementation="static")
     assert torch.equal(ids, static_ids)
     assert torch.allclose(logits, static, **CLOSE)
+    assert differ(generate(family, inputs)[1], logits)
 
 
 def test_padded_batch_equals_single_items(family: Family, kind: str) -> None:
@@ -205,6 +212,7 @@ def test_padded_batch_equals_single_items(family: Family, kind: str) -> None:
             one_ids, one = generate(family, family.batch([spec]))
             assert torch.allclose(logits[row], one[0], **CLOSE), f"row {row}"
             assert torch.equal(ids[row], one_ids[0])
+    assert differ(generate(family, family.batch(specs))[1], logits)
 
 
 def test_uneven_images_in_one_batch(family: Family, kind: str) -> None:
@@ -219,6 +227,7 @@ def test_uneven_images_in_one_batch(family: Family, kind: str) -> None:
             assert torch.allclose(logits[row], generate(family, family.batch([spec]))[1][0], **CLOSE), (
                 f"row {row}"
             )
+    assert differ(generate(family, family.batch(specs))[1], logits[:2])
     plain = generate(family, family.batch([{"text": 7, "seed": 3, "image": False}]))[1][0]
     assert torch.allclose(logits[2], plain, **CLOSE)  # no image, nothing to edit
 
@@ -226,14 +235,15 @@ def test_uneven_images_in_one_batch(family: Family, kind: str) -> None:
 def test_beams(family: Family, kind: str) -> None:
     has_image_in_text(family, kind)
     inputs = family.batch([{"text": 5, "seed": 1}, {"text": 9, "seed": 2}])
-    settings = {"num_beams": 3, "max_new_tokens": STEPS, "do_sample": False}
+    settings = {"num_beams": 3, "max_new_tokens": STEPS, "do_sample": False, "output_scores": True}
+    settings |= {"return_dict_in_generate": True}
     plain = family.model.generate(**inputs, **settings)
     with regard.apply(family.model, edit_of(kind, family)):
         beams = family.model.generate(**inputs, **settings)
         free = family.model.generate(**inputs, **settings, use_cache=False)
-        one = family.model.generate(**inputs, **settings | {"num_beams": 1})
-    assert torch.equal(beams, free)
-    assert beams.shape == one.shape == plain.shape
+    assert torch.equal(beams.sequences, free.sequences)
+    assert torch.allclose(beams.sequences_scores, free.sequences_scores, **CLOSE)
+    assert differ(plain.sequences_scores, beams.sequences_scores)
 
 
 def test_a_text_stream_equals_a_forward_without_cache(family: Family) -> None:
