@@ -6,7 +6,6 @@ A module that no engine has claimed, or a forward without edits, goes straight t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +14,13 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ..kernels.reweighted import Reweighting, reweighted_rows
 from .errors import CannotEdit
+from .masses import reweighted
 from .plan import Entry, LayerPlan, recomputing
 from .session import SESSION, Call
 
 if TYPE_CHECKING:
-    from .edits import HeadGain, MassPolicy
+    from .edits import HeadGain
     from .engine import Engine
 
 NAME = "regard"  # no "/", "flash" or "sdpa" in it: transformers gives those a meaning
@@ -85,10 +84,10 @@ def _edited(
 ) -> Tensor:
     if plan.bias:
         mask = _biased(plan, call, mask, _is_causal(module, call, mask, kwargs))
-    members = [(entry, member) for entry in plan.policies if (member := _member(entry, call)) is not None]
     out = None
-    if members:
-        out = _reweighted(members, call, module, value, mask, kwargs)
+    if plan.policies:
+        causal = _is_causal(module, call, mask, kwargs)
+        out = reweighted(plan.policies, call, module, value, mask, causal, kwargs)
     if out is None:
         out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
     for entry in plan.gains:
@@ -136,97 +135,6 @@ def _biased(plan: LayerPlan, call: Call, mask: Tensor | None, causal: bool) -> T
         total = total + mask
     rows, keys = call.query.shape[2], call.key.shape[2]
     return total.expand(total.shape[0], total.shape[1], rows, keys)
-
-
-def _member(entry: Entry[MassPolicy], call: Call) -> Tensor | None:
-    """(B, K, G) membership of the keys; the prompt's part is found once and kept."""
-    memory = call.session.memory
-    if entry.key not in memory:
-        call.owner = entry.owner
-        groups = entry.edit.groups(call)
-        memory[entry.key] = (
-            None
-            if groups is None
-            else torch.nn.functional.one_hot(groups.long(), len(entry.edit.names)).float()
-        )
-    member = memory[entry.key]
-    if member is None or call.cross:
-        return member
-    keys = call.key.shape[2]
-    if member.shape[1] == keys:
-        return member
-    dropped = max(0, call.session.seen + call.session.rows - keys)  # a sliding window forgets its oldest keys
-    member = member[:, dropped:][:, :keys]
-    known = member.shape[1]
-    member = torch.nn.functional.pad(member, (0, 0, 0, keys - known))
-    member[:, known:, 0] = 1.0  # generated tokens are text
-    return member
-
-
-def _rows(edit: MassPolicy, call: Call) -> tuple[int, Tensor | None]:
-    """First edited row of this forward, and which rows from there on, (B, rows) bool; None means all."""
-    session, count, device = call.session, call.query.shape[2], call.query.device
-    if edit.rows == "all":
-        return 0, None
-    if edit.rows == "last":
-        if session.newest is None:  # generated rows were the last ones in their turn
-            return max(0, session.prompt - 1 - session.seen), None
-        rows = torch.arange(count, device=device)
-        return 0, (rows == session.newest.to(device)[:, None]) | (rows >= session.prompt)
-    first_end, last_end, everywhere = session.image_ends
-    start = max(0, first_end - session.seen)
-    if start >= count or (everywhere and last_end - session.seen <= start):
-        return start, None
-    after = call.positions[start:] >= session.image_end.to(device)[:, None]
-    return start, after & call.has_image[:, None]
-
-
-def _reweighted(
-    members: list[tuple[Entry[MassPolicy], Tensor]],
-    call: Call,
-    module: nn.Module,
-    value: Tensor,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Stock rows, with the edited ones computed again; None when no row of this forward is edited."""
-    if kwargs.get("dropout"):
-        raise CannotEdit(f"layer {call.layer}: attention dropout is on; call model.eval() first")
-    batch, count = call.query.shape[0], call.query.shape[2]
-    spans = [_rows(entry.edit, call) for entry, _ in members]
-    first = min(start for start, _ in spans)
-    if first >= count:
-        return None
-    steps, offered, chosen = (
-        [],
-        [],
-        torch.zeros(batch, count - first, dtype=torch.bool, device=call.query.device),
-    )
-    for (entry, member), (start, rows) in zip(members, spans, strict=True):
-        own = torch.zeros_like(chosen)
-        own[:, start - first :] = True if rows is None else rows
-        chosen = chosen | own
-        whole = rows is None and start == first
-        steps.append(Reweighting(member, entry.edit.policy if whole else _only(entry.edit.policy, own)))
-        entry.tally.count(call.prefill, count - start)
-        offered.append(own)
-    seen = _causal(call)[None, None] if _is_causal(module, call, mask, kwargs) else mask
-    tail = seen[:, :, first:] if seen is not None and seen.shape[2] > 1 else seen
-    scale = kwargs.get("scaling") or call.query.shape[-1] ** -0.5
-    result = reweighted_rows(call.query[:, :, first:], call.key, value, tail, scale, steps)
-    edited = result.out
-    for (entry, _), own, changed in zip(members, offered, result.changed, strict=True):
-        entry.tally.count_pairs(own, changed)
-    if first == 0 and any(rows is None and start == 0 for start, rows in spans):
-        return edited
-    out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
-    edited = torch.where(chosen[:, :, None, None], edited, out[:, first:])
-    return torch.cat([out[:, :first], edited], 1)
-
-
-def _only(policy: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[Tensor], Tensor]:
-    """The policy on the given rows (B, Q), coefficient 1 on the others."""
-    return lambda masses: torch.where(rows[:, None, :, None], policy(masses), 1.0)
 
 
 def _gain(entry: Entry[HeadGain], call: Call, out: Tensor) -> Tensor | None:

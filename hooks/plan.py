@@ -26,8 +26,8 @@ class Tally:
     """How often one edit acted in one layer, and how.
 
     `prefill` and `decode` count forwards, `rows` edited query rows (of one sample), `path` names the
-    arithmetic, `gain` (B, H) is the newest set of head factors. Of `offered` pairs of head and row, a policy
-    changed `changed`.
+    arithmetic and `backends` the kernels that ran, `gain` (B, H) is the newest set of head factors. Of
+    `offered` pairs of head and row, a policy changed `changed`.
     """
 
     intervention: str
@@ -40,21 +40,24 @@ class Tally:
     gain: Tensor | None = None
     offered: Tensor | int = 0
     changed: Tensor | int = 0
+    backends: set[str] = field(default_factory=set)
 
-    def count(self, prefill: bool, rows: int) -> None:
+    def count(self, prefill: bool, rows: int, backend: str | None = None) -> None:
         """Note one forward in which `rows` query rows were edited."""
         if recomputing():
             return
+        if backend is not None:
+            self.backends.add(backend)
         if prefill:
             self.prefill += 1
         else:
             self.decode += 1
         self.rows += rows
 
-    def count_pairs(self, offered: Tensor, changed: Tensor) -> None:
-        """Note which rows (B, Q) a policy was offered, and which heads and rows (B, H, Q) it changed."""
+    def count_pairs(self, offered: Tensor | int, changed: Tensor) -> None:
+        """Note how many rows of samples a policy was offered, and which heads and rows (B, H, R) it changed."""
         if not recomputing():  # sums stay on the device: no wait for the GPU in mid-generation
-            self.offered = self.offered + offered.sum() * changed.shape[1]
+            self.offered = self.offered + offered * changed.shape[1]
             self.changed = self.changed + changed.sum()
 
 
@@ -82,7 +85,7 @@ class LayerPlan:
 
 _PATHS = {
     Bias: "one SDPA call with an additive mask",
-    MassPolicy: "SDPA, edited rows again as group masses",
+    MassPolicy: "SDPA, edited rows by group masses",
     HeadGain: "SDPA, head outputs scaled",
     Hidden: "read at the block's input",
 }

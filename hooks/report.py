@@ -39,6 +39,8 @@ class Report:
                 lines.append(f"  {name}/{edit}: did not act")
                 continue
             layers = ranges([tally.layer for tally in acted])
+            backends = ", ".join(sorted(set().union(*(tally.backends for tally in acted))))
+            path = f"{path} ({backends})" if backends else path
             line = f"  {name}/{edit}: layers {layers}; {path}; prefills {acted[0].prefill}"
             line += f", decode steps {acted[0].decode}"
             heads = [count for tally in acted if (count := _heads(tally)) is not None]
@@ -68,6 +70,7 @@ def _record(tally: Tally) -> dict[str, Any]:
         "edit": tally.edit,
         "layer": tally.layer,
         "path": tally.path,
+        "backends": sorted(tally.backends),
         "prefills": tally.prefill,
         "decode_steps": tally.decode,
         "rows": tally.rows,

@@ -36,6 +36,7 @@ from ..hooks.anatomy import Anatomy
 from ..hooks.edits import Edit, Hidden, MassPolicy
 from ..hooks.errors import RegardError
 from ..hooks.session import Call, Session
+from ..kernels.policies import Redistribute
 from .method import Method
 from .sinks import known_sinks, sink_strength
 
@@ -142,16 +143,6 @@ class VAR(Method):
 
     def policy(self, masses: Tensor) -> Tensor:
         """Masses (B, H, Q, 4) -> coefficients. Rows that are not chosen get 1 everywhere."""
-        image, image_sink, text_sink = (masses[..., g] for g in (IMAGE, IMAGE_SINK, TEXT_SINK))
-        total = image + image_sink
         if self.variant == "released":
-            moved = 1 - self.transfer
-            looks = image_sink <= self.rho * total
-        else:
-            moved = self.transfer
-            looks = image >= self.rho * total
-        chosen = looks & (total >= self.min_visual) & (image_sink > 0) & (image > 0)
-        gain = 1 + moved * (image_sink + text_sink) / image.clamp_min(torch.finfo(image.dtype).tiny)
-        keep = torch.full_like(image, 1 - moved)
-        coefficients = torch.stack([torch.ones_like(image), gain, keep, keep], -1)
-        return torch.where(chosen[..., None], coefficients, 1.0)
+            return Redistribute(1 - self.transfer, 1 - self.rho, self.min_visual)(masses)
+        return Redistribute(self.transfer, self.rho, self.min_visual)(masses)

@@ -7,9 +7,9 @@ sink inside an image) do not break it up; they are kept apart as columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHORT = 16  # a shorter run costs less as single columns than as a span of its own
+ROOM = 256  # keys by which a window grows ahead
 
 
 class Span(NamedTuple):
@@ -43,18 +44,32 @@ class Groups:
         count: number of groups G. A group may be empty.
 
     Raises:
-        ValueError: ids of another shape or dtype, or out of range.
+        ValueError: ids of another shape or dtype, or out of range (on a GPU: once the layout is read).
     """
 
     ids: Tensor
     count: int
-    _known: tuple[Layout, ...] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or self.ids.is_floating_point() or self.ids.is_complex():
             raise ValueError(
                 f"ids must be integers of shape (B, K), not {self.ids.dtype} of {tuple(self.ids.shape)}"
             )
+        if self.ids.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+            self._check_range(self.ids)
+
+    def _check_range(self, ids: Tensor) -> None:
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.count):
+            raise ValueError(
+                f"ids run from {int(ids.min())} to {int(ids.max())}, but there are {self.count} groups, from 0"
+            )
+
+    @staticmethod
+    def _derived(ids: Tensor, count: int, **known: Any) -> Groups:
+        """Groups whose ids are known to be right, with what else is known of them."""
+        groups = object.__new__(Groups)
+        groups.__dict__.update(ids=ids, count=count, **known)
+        return groups
 
     @property
     def keys(self) -> int:
@@ -69,12 +84,13 @@ class Groups:
     @cached_property
     def layouts(self) -> tuple[Layout, ...]:
         """One layout a sample, or one for all where the samples are alike. Reads `ids` on the host, once."""
-        if self._known is not None:
-            return self._known
-        rows = self.ids.cpu().numpy()
-        if rows.size and not (0 <= rows.min() and rows.max() < self.count):
-            raise ValueError(f"ids run from {rows.min()} to {rows.max()}, but there are {self.count} groups")
-        return tuple(_layout(row) for row in rows)
+        source = self.__dict__.get("_source")
+        if source is not None:
+            groups, start, stop = source
+            return tuple(_window(layout, start, stop, groups.keys) for layout in groups.layouts)
+        ids = self.ids.cpu()
+        self._check_range(ids)
+        return tuple(_layout(row) for row in ids.numpy())
 
     @property
     def aligned(self) -> bool:
@@ -91,17 +107,23 @@ class Groups:
     def sample(self, index: int) -> Groups:
         """The groups of one sample."""
         index = index if self.ids.shape[0] > 1 else 0
-        return Groups(self.ids[index : index + 1], self.count, (self.layouts[index],))
+        return Groups._derived(self.ids[index : index + 1], self.count, layouts=(self.layouts[index],))
 
     def window(self, start: int, stop: int) -> Groups:
         """Keys `start` to `stop`. Keys beyond those known (tokens since generated) belong to group 0."""
         if (start, stop) == (0, self.keys):
             return self
-        ids = F.pad(self.ids, (0, max(0, stop - self.keys)))[:, start:stop]
-        known = None
-        if "layouts" in self.__dict__ or self._known is not None:
-            known = tuple(_window(layout, start, stop, self.keys) for layout in self.layouts)
-        return Groups(ids, self.count, known)
+        room = self._with_room(stop)
+        ids, member = room.ids[:, start:stop], room.member[:, :, start:stop]
+        return Groups._derived(ids, self.count, member=member, _source=(self, start, stop))
+
+    def _with_room(self, stop: int) -> Groups:
+        """These groups with keys of group 0 behind them, for at least `stop` keys; made anew at times only."""
+        room = self.__dict__.get("_room", self)
+        if room.keys < stop:
+            ids = F.pad(self.ids, (0, stop + ROOM - self.keys))
+            room = self.__dict__["_room"] = Groups._derived(ids, self.count)
+        return room
 
     @staticmethod
     def product(parts: Sequence[Groups]) -> tuple[Groups, tuple[Tensor, ...]]:
@@ -117,7 +139,7 @@ class Groups:
         for part in parts:
             inner //= part.count
             of.append(F.one_hot(every // inner % part.count, part.count).float())
-        return (parts[0] if len(parts) == 1 else Groups(ids, total)), tuple(of)
+        return (parts[0] if len(parts) == 1 else Groups._derived(ids, total)), tuple(of)
 
 
 def _layout(ids: np.ndarray) -> Layout:

@@ -35,7 +35,7 @@ def rows(problem: Problem) -> Rows:
     probs = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
     member = problem.groups.member.to(probs)
     masses = probs @ member
-    probs = probs * (problem.policy(masses).to(probs) @ member.transpose(2, 3))
+    probs = probs * (problem.coefficients(masses) @ member.transpose(2, 3))
     heads = problem.query.shape[1]
     value = problem.value.to(problem.wide).repeat_interleave(heads // problem.value.shape[1], 1)
     return Rows((probs @ value).to(problem.query.dtype), masses)

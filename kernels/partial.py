@@ -68,38 +68,50 @@ def share_of(lse: Tensor, total: Tensor) -> Tensor:
 def merge_partials(
     outs: Sequence[Tensor],
     lses: Sequence[Tensor],
-    groups: Sequence[int | None] | None = None,
+    groups: Sequence[int] | None = None,
     coefficients: Tensor | None = None,
-    total: Tensor | None = None,
 ) -> Tensor:
     """Put partials together: `sum_i c_g(i) * exp(lse_i - lse) * out_i`. Differentiable.
 
     Args:
         outs: each (B, H, R, D_v), or fewer rows: then it has the last ones.
         lses: each (B, H, R) with all rows.
-        groups: the group of each partial; None has coefficient 1.
+        groups: the group of each partial.
         coefficients: (B, H, R, G); None is plain attention.
-        total: the lse of all keys, where these partials are not all of them.
 
     Returns:
         (B, H, R, D_v) in the dtype of `lses`.
+
+    Raises:
+        ValueError: there are no partials, or not as many `lses` or `groups`.
     """
-    total = log_total(lses) if total is None else total
-    groups = [None] * len(outs) if groups is None else groups
-    merged: Tensor | None = None
-    for out, lse, group in zip(outs, lses, groups, strict=True):
-        weight = share_of(lse, total)
-        if coefficients is not None and group is not None:
-            weight = weight * coefficients[..., group]
-        if merged is None:
-            merged = total.new_zeros(*total.shape, out.shape[-1])
-        rows = out.shape[2]
-        if rows:
-            last = slice(total.shape[2] - rows, None)
-            merged[:, :, last].addcmul_(out.to(merged), weight[:, :, last, None])
-    if merged is None:
+    if not outs:
         raise ValueError("no partials to merge")
-    return merged
+    total = log_total(lses)
+    weights = [share_of(lse, total) for lse in lses]
+    if groups is not None and coefficients is not None:
+        weights = [w * coefficients[..., group] for w, group in zip(weights, groups, strict=True)]
+    return weighted_sum(outs, weights, total.dtype)
+
+
+def weighted_sum(outs: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`sum_i weights_i * out_i`, (B, H, R, D_v) in `dtype`, summed in the dtype of the weights.
+
+    Each out has R rows or the last few of them, each weight (B, H, R). A few heads at a time: sums stay in cache.
+    """
+    batch, heads, rows = weights[0].shape
+    width = outs[0].shape[-1]
+    step = max(1, (1 << 18) // max(1, batch * rows * width))
+    merged = []
+    for start in range(0, heads, step):
+        own = slice(start, min(start + step, heads))
+        total = weights[0].new_zeros(batch, own.stop - start, rows, width)
+        for out, weight in zip(outs, weights, strict=True):
+            if out.shape[2]:
+                last = slice(rows - out.shape[2], None)
+                total[:, :, last].addcmul_(out[:, own].to(total), weight[:, own, last, None])
+        merged.append(total.to(dtype))
+    return merged[0] if len(merged) == 1 else torch.cat(merged, 1)
 
 
 class _Partial(torch.autograd.Function):
@@ -122,7 +134,8 @@ class _Partial(torch.autograd.Function):
             if causal:
                 seen = seen & _triangle(query.shape[2], key.shape[2], 0, query.device)
             blind = ~seen.any(-1)
-            out, lse = out.masked_fill_(blind[..., None], 0), lse.masked_fill_(blind, -torch.inf)
+            if blind.any():
+                out, lse = out.masked_fill_(blind[..., None], 0), lse.masked_fill_(blind, -torch.inf)
         ctx.save_for_backward(query, key, value, out, lse, *([] if mask is None else [mask]))
         ctx.given = scale, causal
         return out, lse
@@ -154,9 +167,16 @@ class _Partial(torch.autograd.Function):
 def _library(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, width = query.shape
+    if heads > key.shape[1] and not causal and (mask is None or mask.shape[1] == mask.shape[2] == 1):
+        folded = query.reshape(
+            batch, key.shape[1], -1, width
+        )  # rows of one key-value head: its keys are read once
+        out, lse = _library(folded, key, value, scale, causal, mask)
+        return out.reshape(batch, heads, rows, -1), lse.reshape(batch, heads, rows)
     if mask is not None:
         mask = mask.to(query.dtype)
-        mask = mask.expand(*mask.shape[:2], query.shape[2], key.shape[2])
+        mask = mask.expand(*mask.shape[:2], rows, key.shape[2])
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )

@@ -78,6 +78,16 @@ class Problem:
             return None
         return torch.ones(rows, keys, dtype=torch.bool, device=self.query.device).tril(keys - rows)
 
+    def coefficients(self, masses: Tensor) -> Tensor:
+        """What the policy makes of masses (B, H, R, G), in their dtype."""
+        found = self.policy(masses)
+        if found.shape != masses.shape:
+            raise ValueError(
+                f"the policy gave coefficients of shape {tuple(found.shape)} for masses (B, H, R, G) = "
+                f"{tuple(masses.shape)}; both must have the same shape"
+            )
+        return found.to(masses.dtype)
+
     def sample(self, index: int) -> Problem:
         """The same for one sample of the batch."""
         own = slice(index, index + 1)

@@ -100,9 +100,9 @@ def reweighted_attention(
         scale,
         causal,
         added,
-        None if group_bias is None else group_bias.reshape(-1, groups.count),
+        _biases(group_bias, query.shape[1], groups.count),
         score_mod,
-        _allowed(allow, query.shape[2] - rows_from, groups.count),
+        _allowed(allow, query.shape[0], query.shape[2] - rows_from, groups.count),
     )
     edited, path = reweighted_rows(problem, backend)
     out = edited.out
@@ -117,23 +117,26 @@ def reweighted_attention(
 
 
 def reweighted_rows(problem: Problem, backend: Backend = "auto") -> tuple[Rows, str]:
-    """The edited rows of a problem, and the name of the arithmetic that was used."""
+    """The edited rows of a problem, and the name of the arithmetic that was used.
+
+    "torch spans" is one library call a span, "torch rows" all probs of the edited rows at once.
+    """
     if backend == "naive":
-        return naive.rows(problem), "all probs formed (naive)"
+        return naive.rows(problem), "naive"
     if backend == "triton" or (backend == "auto" and problem.query.is_cuda):
         from . import triton_split  # triton is only there on Linux
 
         reason = triton_split.reason_against(problem)
         if reason is None:
-            return triton_split.rows(problem), "spans split over the GPU (triton)"
+            return triton_split.rows(problem), "triton"
         if backend == "triton":
             raise Unsupported(f"backend 'triton' {reason}; backend='auto' takes another one")
     elif backend not in ("auto", "torch"):
         raise ValueError(f"backend is {backend!r}; give 'auto', 'torch', 'triton' or 'naive'")
     _, _, rows, keys = problem.shape
     if problem.score_mod is not None or rows * keys <= FEW:
-        return dense.rows(problem), "probs of the edited rows formed (torch)"
-    return segments.rows(problem), "one library call a span (torch)"
+        return dense.rows(problem), "torch rows"
+    return segments.rows(problem), "torch spans"
 
 
 def library_rows(rows: int, wanted: int) -> int:
@@ -160,6 +163,10 @@ def join(plain: Callable[[slice, int], Tensor], edited: Tensor, rows: int, toget
     asked = library_rows(rows, first) if edited.device.type == "cpu" else first
     if edited.requires_grad:
         return torch.cat([plain(slice(0, heads), asked)[:, :, :first], edited], 2)
+    if asked == rows:
+        out = plain(slice(0, heads), rows)
+        out[:, :, first:] = edited
+        return out
     out = edited.new_empty(batch, rows, heads, width).transpose(1, 2)
     step = _heads_at_a_time(edited, asked, together)
     for start in range(0, heads, step):
@@ -192,7 +199,7 @@ def _plain(problem: Problem, query: Tensor, mask: Tensor | None, heads: slice, r
     if mask is not None:
         mask = _first(mask, rows)
         mask = mask[:, heads] if mask.ndim == 4 and mask.shape[1] > 1 else mask
-    seen = slice(0, rows if causal else keys)
+    seen = slice(0, rows if causal and query.device.type != "cpu" else keys)
     return F.scaled_dot_product_attention(
         query[:, heads, :rows],
         problem.key[:, shared, seen],
@@ -224,11 +231,17 @@ def _check(
         raise ValueError(f"{query.shape[1]} query heads for {key.shape[1]} key-value heads{way}: {shapes}")
     if groups.keys != key.shape[2] or groups.ids.shape[0] not in (1, query.shape[0]):
         raise ValueError(f"group ids of shape {tuple(groups.ids.shape)} do not fit (B, K) of {shapes}")
-    if not 0 <= rows_from <= query.shape[2]:
+    if not query.numel() or not key.numel():
+        raise ValueError(f"nothing to attend to: {shapes}")
+    if not 0 <= rows_from < query.shape[2]:
         raise ValueError(f"rows_from is {rows_from}, but there are rows 0 to {query.shape[2] - 1}")
 
 
 def _fitting(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"a mask is bool (True is seen) or added to the scores, not {mask.dtype}; pass mask.bool()"
+        )
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
     full = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     if mask.shape[3] != full[3] or any(
@@ -242,11 +255,26 @@ def _rows_of(mask: Tensor, first: int) -> Tensor:
     return mask if mask.shape[2] == 1 else mask[:, :, first:]
 
 
-def _allowed(allow: Tensor | None, rows: int, count: int) -> Tensor | None:
+def _biases(bias: Tensor | None, heads: int, count: int) -> Tensor | None:
+    if bias is None:
+        return None
+    if bias.shape not in ((count,), (1, count), (heads, count)):
+        raise ValueError(
+            f"group_bias must be of shape (G,) = ({count},) or (H, G) = ({heads}, {count}), not {tuple(bias.shape)}"
+        )
+    return bias.reshape(-1, count)
+
+
+def _allowed(allow: Tensor | None, batch: int, rows: int, count: int) -> Tensor | None:
     if allow is None:
         return None
-    if allow.dtype != torch.bool or allow.ndim not in (2, 3) or allow.shape[-2:] != (rows, count):
+    if allow.dtype != torch.bool or allow.shape not in (
+        (rows, count),
+        (1, rows, count),
+        (batch, rows, count),
+    ):
         raise ValueError(
-            f"allow must be bool of shape (R, G) = ({rows}, {count}) or (B, R, G), not {allow.dtype} of {tuple(allow.shape)}"
+            f"allow must be bool of shape (R, G) = ({rows}, {count}) or (B, R, G), B = {batch}, "
+            f"not {allow.dtype} of {tuple(allow.shape)}"
         )
-    return allow if allow.ndim == 3 else allow[None]
+    return allow.reshape(-1, rows, count)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .partial import group_masses, log_total, merge_partials, partial, share_of
+from .partial import group_masses, log_total, partial, share_of, weighted_sum
 from .problem import Problem, Rows
 
 
@@ -43,23 +43,29 @@ def rows(problem: Problem) -> Rows:
         problems = [problem.sample(index) for index in range(count)]
     every = [_parts(one) for one in problems]
     summed = [_masses(one, parts) for one, parts in zip(problems, every, strict=True)]
-    masses = torch.cat([own for own, _ in summed])
-    coefficients = problem.policy(masses).to(masses)
+    masses = summed[0][0] if len(summed) == 1 else torch.cat([own for own, _ in summed])
+    coefficients = problem.coefficients(masses)
     split = coefficients.split([one.shape[0] for one in problems])
     merged = zip(problems, every, summed, split, strict=True)
-    out = torch.cat([_merge(one, parts, total, own) for one, parts, (_, total), own in merged])
-    return Rows(out.to(problem.query.dtype), masses)
+    outs = [_merge(one, parts, total, own) for one, parts, (_, total), own in merged]
+    return Rows(outs[0] if len(outs) == 1 else torch.cat(outs), masses)
 
 
 def pieces(problem: Problem) -> list[Piece]:
     """The spans, cut where the first row stands: before it every row sees all, after it causality holds."""
     _, _, count, keys = problem.shape
     border = keys - count if problem.causal and count > 1 else keys
+    layouts = problem.groups.layouts
+    shared = set(layouts[0].columns).intersection(*(layout.columns for layout in layouts))
     found = []
-    for start, stop, group in problem.groups.layouts[0].spans:
-        if start < border:
+    for start, stop, group in layouts[0].spans:
+        while start < stop and start in shared:  # a column at an end needs no mask
+            start += 1
+        while start < stop and stop - 1 in shared:
+            stop -= 1
+        if start < min(stop, border):
             found.append(Piece(start, min(stop, border), group, 0, False))
-        if stop > border:
+        if max(start, border) < stop:
             begin = max(start, border)
             found.append(Piece(begin, stop, group, begin - border, True))
     return found
@@ -67,18 +73,16 @@ def pieces(problem: Problem) -> list[Piece]:
 
 def _parts(problem: Problem) -> Parts:
     outs, lses, groups = [], [], []
-    batch, heads, count, keys = problem.shape
-    hidden = _hidden_columns(problem)
+    batch, heads, _, _ = problem.shape
     for piece in pieces(problem):
         span = slice(piece.start, piece.stop)
-        mask = _sum(_mask(problem, piece), None if hidden is None else hidden[..., span])
         out, lse = partial(
             problem.query[:, :, piece.first :],
             problem.key[:, :, span],
             problem.value[:, :, span],
             problem.scale,
             piece.causal,
-            mask,
+            _sum(_mask(problem, piece), _without_columns(problem, piece)),
         )
         if piece.first:
             lse = torch.cat([lse.new_full((batch, heads, piece.first), -torch.inf), lse], 2)
@@ -92,11 +96,8 @@ def _mask(problem: Problem, piece: Piece) -> Tensor | None:
     mask = problem.mask
     if mask is None:
         return None
-    return (
-        mask[..., piece.start : piece.stop]
-        if mask.shape[2] == 1
-        else mask[:, :, piece.first :, piece.start : piece.stop]
-    )
+    rows = slice(None) if mask.shape[2] == 1 else slice(piece.first, None)
+    return mask[:, :, rows, piece.start : piece.stop]
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -105,13 +106,15 @@ def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one + other
 
 
-def _hidden_columns(problem: Problem) -> Tensor | None:
-    """(B|1, 1, 1, K), -inf at the columns."""
-    columns = problem.groups.columns
-    if not columns.shape[1]:
+def _without_columns(problem: Problem, piece: Piece) -> Tensor | None:
+    """(B|1, 1, 1, keys of the piece), -inf at the columns; None where it has none."""
+    start, stop = piece.start, piece.stop
+    if not any(start <= column < stop for layout in problem.groups.layouts for column in layout.columns):
         return None
-    hidden = torch.zeros(columns.shape[0], problem.shape[3] + 1, dtype=problem.wide, device=columns.device)
-    hidden.scatter_(1, columns + 1, -torch.inf)  # the fill, -1, falls on a place of its own
+    columns = problem.groups.columns - start
+    columns = columns.masked_fill((columns < 0) | (columns >= stop - start), -1)
+    hidden = torch.zeros(columns.shape[0], stop - start + 1, dtype=problem.wide, device=columns.device)
+    hidden.scatter_(1, columns + 1, -torch.inf)  # those elsewhere fall on a place of their own
     return hidden[:, None, None, 1:]
 
 
@@ -128,9 +131,9 @@ def _gathered(problem: Problem, tensor: Tensor) -> Tensor:
     """Keys or values (B, H_kv, K, D) at the columns: (B, H_kv, n, D)."""
     columns = problem.groups.columns.clamp_min(0)
     if columns.shape[0] == 1:
-        return tensor[:, :, columns[0]].to(problem.wide)
+        return tensor[:, :, columns[0]]
     index = columns[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index).to(problem.wide)
+    return tensor.gather(2, index)
 
 
 def _member(problem: Problem) -> Tensor:
@@ -146,10 +149,8 @@ def _column_scores(problem: Problem) -> Tensor | None:
     columns = problem.groups.columns
     if not columns.shape[1]:
         return None
-    batch, heads, count, keys = problem.shape
-    key = _gathered(problem, problem.key)
-    query = problem.query.to(problem.wide).reshape(batch, key.shape[1], -1, key.shape[3])
-    scores = (query @ key.transpose(2, 3)).reshape(batch, heads, count, -1) * problem.scale
+    _, _, count, keys = problem.shape
+    scores = _few_scores(problem.query, _gathered(problem, problem.key).to(problem.wide)).mul_(problem.scale)
     member = _member(problem)
     unseen = (columns < 0)[:, None, None]
     if problem.causal and count > 1:
@@ -162,8 +163,24 @@ def _column_scores(problem: Problem) -> Tensor | None:
     if problem.mask is not None:
         index = columns.clamp_min(0)[:, None, None]
         mask = problem.mask.expand(max(problem.mask.shape[0], columns.shape[0]), -1, -1, -1)
-        scores = scores + mask.gather(3, index.expand(mask.shape[0], *mask.shape[1:3], -1))
+        gathered = mask.gather(3, index.expand(mask.shape[0], *mask.shape[1:3], -1))
+        unseen = unseen | (gathered == -torch.inf)
+        scores = scores + gathered
     return scores.masked_fill(unseen, -torch.inf)
+
+
+def _few_scores(query: Tensor, key: Tensor) -> Tensor:
+    """(B, H, R, n) in the dtype of `key`: a rounded score of a sink would be felt. Some heads at a time."""
+    batch, heads, count, width = query.shape
+    repeat = heads // key.shape[1]
+    step = max(1, (1 << 18) // max(1, batch * repeat * count * width))
+    found = []
+    for start in range(0, key.shape[1], step):
+        own = query[:, start * repeat : (start + step) * repeat].to(key)
+        few = key[:, start : start + step]
+        scores = own.reshape(batch, few.shape[1], repeat * count, width) @ few.transpose(2, 3)
+        found.append(scores.reshape(batch, -1, count, few.shape[2]))
+    return torch.cat(found, 1)
 
 
 def _masses(problem: Problem, parts: Parts) -> tuple[Tensor, Tensor]:
@@ -177,13 +194,14 @@ def _masses(problem: Problem, parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 def _merge(problem: Problem, parts: Parts, total: Tensor, coefficients: Tensor) -> Tensor:
-    if parts.columns is None:
-        return merge_partials(parts.outs, parts.lses, parts.groups, coefficients)
-    batch, heads, count, _ = problem.shape
-    value = _gathered(problem, problem.value)
-    shares = share_of(parts.columns, total[..., None]) * (coefficients @ _member(problem).transpose(2, 3))
-    out = shares.reshape(batch, value.shape[1], -1, value.shape[2]) @ value
-    out = out.reshape(batch, heads, count, -1)
-    if parts.outs:
-        out = out + merge_partials(parts.outs, parts.lses, parts.groups, coefficients, total)
-    return out
+    outs, weights = list(parts.outs), []
+    for lse, group in zip(parts.lses, parts.groups, strict=True):
+        weights.append(share_of(lse, total) * coefficients[..., group])
+    if parts.columns is not None:
+        batch, heads, count, _ = problem.shape
+        value = _gathered(problem, problem.value)
+        shares = share_of(parts.columns, total[..., None]) * (coefficients @ _member(problem).transpose(2, 3))
+        few = shares.to(value).reshape(batch, value.shape[1], -1, value.shape[2]) @ value
+        outs.append(few.reshape(batch, heads, count, -1))
+        weights.append(torch.ones_like(total))
+    return weighted_sum(outs, weights, problem.query.dtype)

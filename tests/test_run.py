@@ -202,7 +202,7 @@ def test_counts_are_exact(llava: Family) -> None:
     assert lines["MassPolicy", 2]["rows"] == 11 + 7 + decodes  # the image ends the prompt but for its text
     assert lines["HeadGain", 1] | {"path": ""} == {
         "intervention": "HeadGain", "edit": "HeadGain", "layer": 1, "path": "",
-        "prefills": 0, "decode_steps": 0, "rows": 0, "heads": None, "changed": None,
+        "prefills": 0, "decode_steps": 0, "rows": 0, "heads": None, "changed": None, "backends": [],
     }  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def test_the_report_as_text_and_as_data(llava: Family) -> None:
     found = {line.split(":")[0].strip(): line for line in lines[1:]}
     assert "layers 0-1; one SDPA call with an additive mask; prefills 1, decode steps 4" in found["Bias/Bias"]
     assert "layers 1-2; SDPA, head outputs scaled; prefills 1" in found["vhr/HeadGain"]
-    assert "layers 1; SDPA, edited rows again as group masses" in found["var/MassPolicy"]
+    assert "layers 1; SDPA, edited rows by group masses (torch rows)" in found["var/MassPolicy"]
     assert "read at the block's input" in found["Hidden/Hidden"]
     with regard.apply(llava.model, "none") as null:
         ids_of(llava, llava.inputs())
