@@ -1,8 +1,8 @@
 """What reweighting costs: `reweighted_attention` under VAR over plain SDPA, and over eager attention with VAR.
 
 Every round times all sides once, in a shuffled order, as process time of one thread; a ratio is taken within its
-round, and the median over rounds is printed with its quartiles. Run: python benchmarks/reweighted.py [--only WORD]
-[--rounds 15] [--json FILE]
+round, and the median over rounds is printed with its quartiles. Then the peak memory of a process a side.
+Run: python benchmarks/reweighted.py [--only WORD] [--rounds 15] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,7 +74,7 @@ CASES = (
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Groups]:
-    """Query as a slice of its projection (B, Q, H * D), key and value as a cache keeps them, ten image sinks and BOS."""
+    """Query as a slice of its projection, key and value as a cache keeps them; ten image sinks and BOS."""
     rng = torch.Generator().manual_seed(0)
 
     def make(rows: int, heads: int) -> Tensor:
@@ -139,6 +141,42 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
     return took
 
 
+def peak(index: int, side: str) -> float:
+    """Peak resident memory (MiB) of a process that runs one side once, after a small run that does not count."""
+    small = CASES[index]._replace(rows=64, keys=64, first=60, image=(5, 50))
+    sides(small)[side]()
+    run = sides(CASES[index])[side]
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    run()
+    peaks = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(peaks[0].split()[1]) / 1024
+
+
+def memory() -> list[dict[str, Any]]:
+    """Peaks of the prefill cases of 2,048 tokens, each side in a process of its own."""
+    table = []
+    for index, case in enumerate(CASES):
+        if case.rows != 2048:
+            continue
+        found = {}
+        for side in ("sdpa", "regard", "eager"):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_alone) as pool:
+                found[side] = round(pool.submit(peak, index, side).result(), 1)
+        growth = found["regard"] / found["sdpa"] - 1
+        print(f"{label(case)}: peak of the process {found} MiB; regard {growth:+.1%} over sdpa")
+        table.append({"case": label(case), "peak_mib": found, "growth": round(growth, 4)})
+    return table
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+
+
+def label(case: Case) -> str:
+    return f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
+
+
 def ratio(over: list[float], under: list[float]) -> list[float]:
     """Quartiles of the ratios of the rounds."""
     return np.quantile(np.array(over) / np.array(under), (0.25, 0.5, 0.75)).round(3).tolist()
@@ -151,36 +189,30 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     random.seed(0)
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    _alone()
     table = []
     for case in CASES:
-        name = f"{case.name}, {str(case.dtype).removeprefix('torch.')}"
+        name = label(case)
         if given.only not in name:
             continue
         took = measure(case, given.rounds)
         low, middle, high = ratio(took["regard"], took["sdpa"])
-        gain = ratio(took["eager"], took["regard"])
-        table.append(
-            {
-                "case": name,
-                "aim": case.aim,
-                "over_sdpa": middle,
-                "quartiles": [low, high],
-                "eager_over_regard": gain[1],
-                "sdpa_ms": round(1e3 * float(np.median(took["sdpa"])), 3),
-            }
-        )
+        gain = ratio(took["eager"], took["regard"])[1]
+        plain = round(1e3 * float(np.median(took["sdpa"])), 3)
+        line = {"case": name, "aim": case.aim, "over_sdpa": middle, "quartiles": [low, high]}
+        table.append(line | {"eager_over_regard": gain, "sdpa_ms": plain})
         print(
-            f"{name}: {middle:.3f}x sdpa [{low:.3f}, {high:.3f}] (aim {case.aim}); eager + policy takes {gain[1]:.2f}x as long"
+            f"{name}: {middle:.3f}x sdpa [{low:.3f}, {high:.3f}] (aim {case.aim}), sdpa {plain} ms; "
+            f"eager with the policy takes {gain:.2f}x as long as regard"
         )
+    peaks = memory() if not given.only and Path("/proc/self/clear_refs").exists() else []
     if given.json:
         about = {
             "command": f"python benchmarks/reweighted.py --rounds {given.rounds}",
             "machine": f"{platform.machine()}, one thread, process time",
             "torch": torch.__version__,
         }
-        given.json.write_text(json.dumps(about | {"cases": table}, indent=1) + "\n")
+        given.json.write_text(json.dumps(about | {"cases": table, "memory": peaks}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

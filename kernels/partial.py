@@ -46,7 +46,15 @@ def partial(
 
 def log_total(lses: Sequence[Tensor]) -> Tensor:
     """The lse (B, H, R) of all partials together."""
-    return torch.stack(list(lses), -1).logsumexp(-1)
+    return logsumexp(torch.stack(list(lses), -1))
+
+
+def logsumexp(scores: Tensor) -> Tensor:
+    """torch.logsumexp over the last dimension; where all are -inf its gradient is zero instead of NaN."""
+    if not scores.requires_grad:
+        return scores.logsumexp(-1)
+    blind = (scores == -torch.inf).all(-1)
+    return scores.masked_fill(blind[..., None], 0).logsumexp(-1).masked_fill(blind, -torch.inf)
 
 
 def group_masses(

@@ -42,10 +42,11 @@ class Redistribute:
         """Coefficients (B, H, Q, 4)."""
         _, image, image_sink, text_sink = masses.unbind(-1)
         visual = image + image_sink
-        acts = (visual >= self.min_visual) & (image >= self.rho * visual) & (image > 0) & (image_sink > 0)
-        freed = self.transfer * (image_sink + text_sink)
-        gain = torch.where(acts, 1 + freed / torch.where(image > 0, image, 1), 1)
-        keep = torch.where(acts, 1 - self.transfer, torch.ones_like(image))
+        acts = (visual >= self.min_visual) & (image >= self.rho * visual)
+        moved = (acts & (torch.minimum(image, image_sink) > 0)).to(image.dtype) * self.transfer
+        freed = moved * (image_sink + text_sink)
+        gain = 1 + freed / image.clamp_min(torch.finfo(image.dtype).tiny)
+        keep = 1 - moved
         return torch.stack([torch.ones_like(image), gain, keep, keep], -1)
 
 

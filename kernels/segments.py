@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .partial import group_masses, log_total, partial, share_of, weighted_sum
+from .partial import group_masses, log_total, logsumexp, partial, share_of, weighted_sum
 from .problem import Problem, Rows
 
 
@@ -188,7 +188,7 @@ def _masses(problem: Problem, parts: Parts) -> tuple[Tensor, Tensor]:
     if parts.columns is None:
         total = log_total(parts.lses)
         return group_masses(parts.lses, parts.groups, problem.groups.count, total), total
-    total = log_total([*parts.lses, parts.columns.logsumexp(-1)])
+    total = log_total([*parts.lses, logsumexp(parts.columns)])
     masses = group_masses(parts.lses, parts.groups, problem.groups.count, total)
     return masses + share_of(parts.columns, total[..., None]) @ _member(problem), total
 
