@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .problem import additive
+from .problem import additive, fitting
 
 Indices: TypeAlias = Tensor | Sequence[int]
 
@@ -112,14 +112,7 @@ def look_at(
     batch, heads, count, width = query.shape
     keys = key.shape[2]
     if mask is not None:
-        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-        full = (batch, heads, count, keys)
-        if mask.shape[3] != keys or any(
-            n not in (1, whole) for n, whole in zip(mask.shape, full, strict=True)
-        ):
-            raise ValueError(
-                f"a mask of shape {tuple(mask.shape)} does not broadcast to (B, H, Q, K) = {full}"
-            )
+        mask = fitting(mask, (batch, heads, count, keys))
     last = None
     if causal and count > 1:
         last = torch.arange(keys - count, keys, device=query.device)[None]

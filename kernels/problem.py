@@ -108,6 +108,23 @@ class Problem:
         )
 
 
+def fitting(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+    """A mask as (B|1, H|1, Q|1, K).
+
+    Raises:
+        ValueError: integers, or a shape that does not broadcast to `full`.
+    """
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"a mask is bool (True is seen) or added to the scores, not {mask.dtype}; pass mask.bool()"
+        )
+    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+    fits = mask.ndim == 4 and all(size in (1, whole) for size, whole in zip(mask.shape, full, strict=True))
+    if not fits or mask.shape[3] != full[3]:
+        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not broadcast to (B, H, Q, K) = {full}")
+    return mask
+
+
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A bool mask (True is seen) or one that is added, as one that is added with -inf for unseen keys."""
     if mask.dtype == torch.bool:

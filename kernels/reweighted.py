@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import dense, naive, segments
 from .groups import Groups
 from .policies import Policy, in_turn
-from .problem import Problem, Rows, ScoreMod, Unsupported, additive
+from .problem import Problem, Rows, ScoreMod, Unsupported, additive, fitting
 
 Backend: TypeAlias = Literal["auto", "torch", "triton", "naive"]
 FEW = 1 << 16  # row-key pairs a head below which all probs at once are faster than spans
@@ -85,7 +85,7 @@ def reweighted_attention(
     if query.shape[2] == 1:
         causal = False
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask = None if mask is None else _fitting(mask, query, key)
+    mask = None if mask is None else fitting(mask, (*query.shape[:3], key.shape[2]))
     added = (
         None
         if mask is None
@@ -124,11 +124,14 @@ def reweighted_rows(problem: Problem, backend: Backend = "auto") -> tuple[Rows, 
     if backend == "naive":
         return naive.rows(problem), "naive"
     if backend == "triton" or (backend == "auto" and problem.query.is_cuda):
-        from . import triton_split  # triton is only there on Linux
-
-        reason = triton_split.reason_against(problem)
-        if reason is None:
-            return triton_split.rows(problem), "triton"
+        try:
+            from . import triton_split  # slow to import, and not on every platform
+        except ImportError as error:
+            reason: str | None = f"needs the package triton ({error})"
+        else:
+            reason = triton_split.reason_against(problem)
+            if reason is None:
+                return triton_split.rows(problem), "triton"
         if backend == "triton":
             raise Unsupported(f"backend 'triton' {reason}; backend='auto' takes another one")
     elif backend not in ("auto", "torch"):
@@ -235,20 +238,6 @@ def _check(
         raise ValueError(f"nothing to attend to: {shapes}")
     if not 0 <= rows_from < query.shape[2]:
         raise ValueError(f"rows_from is {rows_from}, but there are rows 0 to {query.shape[2] - 1}")
-
-
-def _fitting(mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ValueError(
-            f"a mask is bool (True is seen) or added to the scores, not {mask.dtype}; pass mask.bool()"
-        )
-    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-    full = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-    if mask.shape[3] != full[3] or any(
-        size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)
-    ):
-        raise ValueError(f"a mask of shape {tuple(mask.shape)} does not broadcast to (B, H, Q, K) = {full}")
-    return mask
 
 
 def _rows_of(mask: Tensor, first: int) -> Tensor:

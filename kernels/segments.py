@@ -137,12 +137,12 @@ def _gathered(problem: Problem, tensor: Tensor) -> Tensor:
 
 
 def _member(problem: Problem) -> Tensor:
-    """(B|1, 1, n, G), 1 where a column belongs to a group; the fill belongs to none."""
+    """(B|1, 1, n, G), 1 where a column belongs to a group. What the fill has does not matter: it is not seen."""
     groups = problem.groups
     columns = groups.columns
     member = groups.member.to(problem.wide).expand(columns.shape[0], -1, -1, -1)
     index = columns.clamp_min(0)[:, None, :, None].expand(-1, 1, -1, groups.count)
-    return member.gather(2, index) * (columns >= 0)[:, None, :, None]
+    return member.gather(2, index)
 
 
 def _column_scores(problem: Problem) -> Tensor | None:
@@ -163,9 +163,7 @@ def _column_scores(problem: Problem) -> Tensor | None:
     if problem.mask is not None:
         index = columns.clamp_min(0)[:, None, None]
         mask = problem.mask.expand(max(problem.mask.shape[0], columns.shape[0]), -1, -1, -1)
-        gathered = mask.gather(3, index.expand(mask.shape[0], *mask.shape[1:3], -1))
-        unseen = unseen | (gathered == -torch.inf)
-        scores = scores + gathered
+        scores = scores + mask.gather(3, index.expand(mask.shape[0], *mask.shape[1:3], -1))
     return scores.masked_fill(unseen, -torch.inf)
 
 
