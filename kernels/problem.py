@@ -107,6 +107,26 @@ class Problem:
             allow=cut(self.allow),
         )
 
+    def by_group(self) -> Problem:
+        """The same with its keys in the order of their groups, so that each group is one span. Not under causality."""
+        order = self.groups.ids.argsort(dim=1, stable=True)
+        ids = self.groups.ids.gather(1, order)
+
+        def sort(tensor: Tensor, dim: int) -> Tensor:
+            if len(order) == 1:
+                return tensor.index_select(dim, order[0])
+            shape = [1] * tensor.ndim
+            shape[0], shape[dim] = order.shape
+            return torch.take_along_dim(tensor, order.reshape(shape), dim)
+
+        return replace(
+            self,
+            key=sort(self.key, 2),
+            value=sort(self.value, 2),
+            groups=Groups(ids, self.groups.count),
+            mask=None if self.mask is None else sort(self.mask, 3),
+        )
+
 
 def fitting(mask: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     """A mask as (B|1, H|1, Q|1, K).

@@ -16,6 +16,7 @@ from .problem import Problem, Rows, ScoreMod, Unsupported, additive, fitting
 
 Backend: TypeAlias = Literal["auto", "torch", "triton", "naive"]
 FEW = 1 << 16  # row-key pairs a head below which all probs at once are faster than spans
+SCATTERED = 64  # rows, and columns, from which on keys are sorted by group
 
 
 class Reweighted(NamedTuple):
@@ -123,6 +124,8 @@ def reweighted_rows(problem: Problem, backend: Backend = "auto") -> tuple[Rows, 
     """
     if backend == "naive":
         return naive.rows(problem), "naive"
+    if _scattered(problem):
+        problem = problem.by_group()
     if backend == "triton" or (backend == "auto" and problem.query.is_cuda):
         try:
             from . import triton_split  # slow to import, and not on every platform
@@ -140,6 +143,14 @@ def reweighted_rows(problem: Problem, backend: Backend = "auto") -> tuple[Rows, 
     if problem.score_mod is not None or rows * keys <= FEW:
         return dense.rows(problem), "torch rows"
     return segments.rows(problem), "torch spans"
+
+
+def _scattered(problem: Problem) -> bool:
+    """Whether groups are so mixed, and rows so many, that it pays to sort the keys."""
+    _, _, rows, keys = problem.shape
+    if problem.causal or rows < SCATTERED or rows * keys <= FEW or problem.score_mod is not None:
+        return False
+    return max(len(layout.columns) for layout in problem.groups.layouts) > SCATTERED
 
 
 def library_rows(rows: int, wanted: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.kernels import dense, reweighted, segments
 from regard.kernels.groups import Groups
@@ -249,3 +250,18 @@ def run(inputs: Inputs, ids: Tensor, policy: Any, count: int = G, **options: Any
     options.setdefault("backend", "torch")
     groups = ids if isinstance(ids, Groups) else Groups(ids, count)
     return reweighted.reweighted_attention(*inputs, groups, policy, enable_gqa=True, **options)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any operation gave back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from problems import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from regard.kernels import maps
 from regard.kernels.maps import attention_flow, causal_ramp, concept_maps, head_weights, layer_map
@@ -136,21 +136,6 @@ def test_blind_rows_have_a_zero_gradient() -> None:
     early = concept_maps(randn(1, 2, 7, 4), key, [0, 1], causal=True)  # rows 0 and 1 come before every key
     assert not early[:, :2].any()
     assert (early[:, 2:, 0] > 0).all()
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most elements that any operation gave back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.size = max(self.size, tensor.numel())
-        return out
 
 
 def test_the_probs_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from problems import (
     G,
     Inputs,
+    Largest,
     bend,
     force,
     formula,
@@ -262,6 +263,25 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     changes, message = wrong()[name]
     with pytest.raises(ValueError, match=message):
         reweighted_attention(**{**good, **changes})
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_mixed_groups_are_sorted_not_spread_out(samples: int) -> None:
+    """Every key of another group than the one before: no more scores than a span's few columns are formed."""
+    rng = torch.Generator().manual_seed(samples)
+    query, key, value = (
+        torch.randn(2, heads, n, 8, generator=rng, dtype=torch.float64)
+        for heads, n in ((4, 300), (2, 500), (2, 500))
+    )
+    ids = torch.randint(0, G, (samples, 500), generator=rng)
+    mask = torch.rand(2, 1, 300, 500, generator=rng) > 0.3
+    with Largest() as largest:
+        found = run((query, key, value), ids, bend, mask=mask)
+    want = run((query, key, value), ids, bend, mask=mask, backend="naive")
+    torch.testing.assert_close(found.out, want.out, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(found.masses, want.masses, atol=1e-12, rtol=1e-12)
+    assert found.path == "torch spans"
+    assert largest.size < 2 * 4 * 300 * 500 / 2
 
 
 @pytest.mark.skipif(
