@@ -156,7 +156,7 @@ def measure(case: Case, rounds: int) -> dict[str, list[float]]:
 
 def peak(index: int, side: str) -> float:
     """Peak resident memory (MiB) of a process that runs one side once, after a small run that does not count."""
-    small = CASES[index]._replace(rows=64, keys=64, first=60, image=(5, 50))
+    small = CASES[index]._replace(rows=640, keys=640, first=500, image=(35, 400))
     sides(small)[side]()
     run = sides(CASES[index])[side]
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here

@@ -26,6 +26,12 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "HeadGain": "hooks.edits",
     "Hidden": "hooks.edits",
     "Branch": "hooks.edits",
+    "Groups": "kernels.groups",
+    "reweighted_attention": "kernels.reweighted",
+    "merge_partials": "kernels.partial",
+    "concept_maps": "kernels.maps",
+    "attention_flow": "kernels.maps",
+    "isolated_attention": "kernels.isolation",
     "Run": "hooks.run",
     "doctor": "hooks.doctor",
     "RegardError": "hooks.errors",
@@ -65,6 +71,12 @@ if TYPE_CHECKING:
     from .interventions import sink_dimensions as sink_dimensions
     from .interventions import unwrap as unwrap
     from .interventions import wrap as wrap
+    from .kernels.groups import Groups as Groups
+    from .kernels.isolation import isolated_attention as isolated_attention
+    from .kernels.maps import attention_flow as attention_flow
+    from .kernels.maps import concept_maps as concept_maps
+    from .kernels.partial import merge_partials as merge_partials
+    from .kernels.reweighted import reweighted_attention as reweighted_attention
 
 
 def __getattr__(name: str) -> Any:

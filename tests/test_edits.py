@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 import regard
 from regard.hooks.session import Call
+from regard.kernels import groups, reweighted
 
 # family, layer, new tokens; Gemma's layer 0 slides over 8 keys, so the prompt leaves its window
 CASES = (
@@ -114,6 +115,16 @@ def case(request: pytest.FixtureRequest) -> tuple[Setting, int]:
     return Setting(name, layer), steps
 
 
+@pytest.fixture(params=["rows", "spans"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of its paths the kernel takes; prompts are short here, so it would always form the edited rows' probs."""
+    path = f"torch {request.param}"
+    if request.param == "spans":
+        monkeypatch.setattr(reweighted, "FEW", -1)
+        monkeypatch.setattr(groups, "SHORT", 3)
+    return path
+
+
 def everything(setting: Setting) -> tuple[list[Any], Formula]:
     """Bias, two policies on different rows, and a gain, given in another order than they act in."""
     gain = regard.HeadGain(setting.layers, lambda call: setting.strength)
@@ -130,7 +141,7 @@ def test_bias(case: tuple[Setting, int]) -> None:
 
 
 @pytest.mark.parametrize("rows", ["after_image", "all", "last"])
-def test_mass_policy(case: tuple[Setting, int], rows: Any) -> None:
+def test_mass_policy(case: tuple[Setting, int], rows: Any, kernel: str) -> None:
     setting, steps = case
     formula = Formula(policies=[(setting.group, towards_image, rows)])
     forwards = setting.check([setting.policy_edit(towards_image, rows)], formula, steps)
@@ -138,7 +149,7 @@ def test_mass_policy(case: tuple[Setting, int], rows: Any) -> None:
     assert torch.equal(prompt.out[:, :untouched], prompt.stock[:, :untouched])
 
 
-def test_rows_before_the_image_stay_bit_exact_in_the_other_sample_too() -> None:
+def test_rows_before_the_image_stay_bit_exact_in_the_other_sample_too(kernel: str) -> None:
     """One sample's image ends earlier; the other's rows up to its own image are the library's."""
     setting = Setting("llava", 1)
     setting.inputs = setting.family.batch([{"text": 12, "seed": 1}, {"text": 3, "seed": 2, "pad": 9}])
@@ -167,13 +178,13 @@ def test_head_gain(case: tuple[Setting, int]) -> None:
     assert asked == [True] + [False] * (steps - 1)
 
 
-def test_all_together(case: tuple[Setting, int]) -> None:
+def test_all_together(case: tuple[Setting, int], kernel: str) -> None:
     setting, steps = case
     setting.check(*everything(setting), steps)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-def test_all_together_in_a_static_cache(name: str) -> None:
+def test_all_together_in_a_static_cache(name: str, kernel: str) -> None:
     setting = Setting(name, 1)
     edits, formula = everything(setting)
     forwards = setting.check(edits, formula, 4, cache_implementation="static")
@@ -181,7 +192,7 @@ def test_all_together_in_a_static_cache(name: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["dynamic", "static"])
-def test_a_window_that_has_left_the_prompt(implementation: str) -> None:
+def test_a_window_that_has_left_the_prompt(implementation: str, kernel: str) -> None:
     setting = Setting("gemma3", 0)
     edits, formula = everything(setting)
     more = {"cache_implementation": "static"} if implementation == "static" else {}
@@ -191,7 +202,7 @@ def test_a_window_that_has_left_the_prompt(implementation: str) -> None:
     assert forwards[3].positions().min() < setting.image.shape[1]
 
 
-def test_policies_act_in_the_order_given() -> None:
+def test_policies_act_in_the_order_given(kernel: str) -> None:
     setting = Setting("llava", 1)
     edits = [setting.policy_edit(policy, "all") for policy in (towards_image, away_from_third)]
     policies = [(setting.group, policy, "all") for policy in (towards_image, away_from_third)]
@@ -201,8 +212,9 @@ def test_policies_act_in_the_order_given() -> None:
     model = setting.family.model
     with regard.apply(model, edits[0]), regard.apply(model, edits[1]):
         nested = model(**setting.inputs).logits
-    with regard.apply(model, *edits):
+    with regard.apply(model, *edits) as run:
         assert torch.equal(model(**setting.inputs).logits, nested)
+    assert {tuple(line["backends"]) for line in run.report().to_dict()["layers"]} == {(kernel,)}
 
 
 def test_two_biases_add_and_two_gains_multiply() -> None:
