@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .errors import CannotEdit
-from .masses import reweighted
+from .masses import Forward, reweighted
 from .plan import Entry, LayerPlan, recomputing
 from .session import SESSION, Call
 
@@ -87,7 +87,7 @@ def _edited(
     out = None
     if plan.policies:
         causal = _is_causal(module, call, mask, kwargs)
-        out = reweighted(plan.policies, call, module, value, mask, causal, kwargs)
+        out = reweighted(plan.policies, Forward(call, module, value, mask, causal, kwargs))
     if out is None:
         out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
     for entry in plan.gains:

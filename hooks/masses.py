@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,20 +35,54 @@ class Offered:
         return coefficients
 
 
-def reweighted(
-    entries: list[Entry[MassPolicy]],
-    call: Call,
-    module: nn.Module,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
+@dataclass(frozen=True)
+class Forward:
+    """One attention layer in one forward: what transformers gives its attention function."""
+
+    call: Call
+    module: nn.Module
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    kwargs: dict[str, Any]
+
+    def problem(self, first: int, groups: Groups, policy: Policy) -> Problem:
+        """The rows from `first` on, for the kernel."""
+        call, mask, causal = self.call, self.mask, self.causal
+        count, keys = call.query.shape[2], call.key.shape[2]
+        if causal and count != keys:  # SDPA aligns its causal mask at the upper left corner
+            visible = torch.ones(count, keys, dtype=torch.bool, device=call.query.device).tril()
+            mask, causal = visible[None, None], False
+        if mask is not None:
+            mask = additive(mask[:, :, first:] if mask.shape[2] > 1 else mask, torch.float32)
+        scale = self.kwargs.get("scaling") or call.query.shape[-1] ** -0.5
+        return Problem(call.query[:, :, first:], call.key, self.value, groups, policy, scale, causal, mask)
+
+    def stock(self, heads: slice, rows: int) -> Tensor:
+        """The first rows of some heads as the model would have them, (B, heads, rows, D)."""
+        query, key, mask = self.call.query, self.call.key, self.mask
+        together = query.shape[1] // key.shape[1]
+        shared = slice(heads.start // together, -(-heads.stop // together))
+        seen = key.shape[2]
+        if self.causal and query.shape[2] == seen and query.device.type != "cpu":
+            seen = rows  # the CPU library stops at the diagonal by itself
+        if mask is not None:
+            mask = mask[:, heads] if mask.shape[1] > 1 else mask
+            mask = mask[:, :, :rows] if mask.shape[2] > 1 else mask
+        keys, values = key[:, shared, :seen], self.value[:, shared, :seen]
+        out, _ = sdpa_attention_forward(
+            self.module, query[:, heads, :rows], keys, values, mask, **self.kwargs
+        )
+        return out.transpose(1, 2)
+
+
+def reweighted(entries: list[Entry[MassPolicy]], forward: Forward) -> Tensor | None:
     """Stock rows, and edited ones from the kernel, (B, Q, H, D); None when no row of this forward is edited."""
+    call = forward.call
     acting = [entry for entry in entries if _groups(entry, call) is not None]
     if not acting:
         return None
-    if kwargs.get("dropout"):
+    if forward.kwargs.get("dropout"):
         raise CannotEdit(f"layer {call.layer}: attention dropout is on; call model.eval() first")
     batch, count = call.query.shape[0], call.query.shape[2]
     spans = [_rows(entry.edit, call) for entry in acting]
@@ -60,8 +95,7 @@ def reweighted(
     ]
     groups, of = _together(acting, call)
     policy = offered[0] if len(offered) == 1 else InTurn(tuple(offered), of)
-    problem = _problem(call, value, mask, causal, first, groups, policy, kwargs)
-    edited, path = reweighted_rows(problem)
+    edited, path = reweighted_rows(forward.problem(first, groups, policy))
     for entry, (start, _), offer in zip(acting, spans, offered, strict=True):
         assert offer.changed is not None
         entry.tally.count(call.prefill, count - start, path)
@@ -73,14 +107,12 @@ def reweighted(
     if first == 0 and everywhere:
         return edited.out.transpose(1, 2).contiguous()
 
-    def stock(heads: slice, rows: int) -> Tensor:
-        return _stock(call, module, value, mask, causal, kwargs, heads, rows)
-
+    heads = call.query.shape[1]
     if everywhere:
-        together = call.query.shape[1] // call.key.shape[1]
-        return join(stock, edited.out, count, together).transpose(1, 2).contiguous()
+        together = heads // call.key.shape[1]
+        return join(forward.stock, edited.out, count, together).transpose(1, 2).contiguous()
     rows = torch.stack([rows for rows in chosen if rows is not None]).any(0)
-    out = stock(slice(0, call.query.shape[1]), count).transpose(1, 2)
+    out = forward.stock(slice(0, heads), count).transpose(1, 2)
     tail = torch.where(rows[..., None, None], edited.out.transpose(1, 2), out[:, first:])
     return torch.cat([out[:, :first], tail], 1)
 
@@ -94,50 +126,6 @@ def _from(first: int, start: int, rows: Tensor | None, call: Call) -> Tensor | N
     )
     own[:, start - first :] = True if rows is None else rows
     return own
-
-
-def _problem(
-    call: Call,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    first: int,
-    groups: Groups,
-    policy: Policy,
-    kwargs: dict[str, Any],
-) -> Problem:
-    count, keys = call.query.shape[2], call.key.shape[2]
-    if causal and count != keys:  # SDPA aligns its causal mask at the upper left corner
-        visible = torch.ones(count, keys, dtype=torch.bool, device=call.query.device).tril()
-        mask, causal = visible[None, None], False
-    if mask is not None:
-        mask = additive(mask[:, :, first:] if mask.shape[2] > 1 else mask, torch.float32)
-    scale = kwargs.get("scaling") or call.query.shape[-1] ** -0.5
-    return Problem(call.query[:, :, first:], call.key, value, groups, policy, scale, causal, mask)
-
-
-def _stock(
-    call: Call,
-    module: nn.Module,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    kwargs: dict[str, Any],
-    heads: slice,
-    rows: int,
-) -> Tensor:
-    """The first rows of some heads as the model would have them, (B, heads, rows, D)."""
-    query, key = call.query, call.key
-    together = query.shape[1] // key.shape[1]
-    shared = slice(heads.start // together, -(-heads.stop // together))
-    seen = rows if causal and query.device.type != "cpu" and query.shape[2] == key.shape[2] else key.shape[2]
-    if mask is not None:
-        mask = mask[:, heads] if mask.shape[1] > 1 else mask
-        mask = mask[:, :, :rows] if mask.shape[2] > 1 else mask
-    out, _ = sdpa_attention_forward(
-        module, query[:, heads, :rows], key[:, shared, :seen], value[:, shared, :seen], mask, **kwargs
-    )
-    return out.transpose(1, 2)
 
 
 def _groups(entry: Entry[MassPolicy], call: Call) -> Groups | None:
