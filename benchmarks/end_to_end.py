@@ -2,7 +2,8 @@
 
 Sides: stock sdpa; `regard.apply(model, VAR)`; eager attention as transformers has it; eager attention with VAR on the
 whole matrix of probs, as the paper's code does it (but all heads at once). Every round times all sides, in a shuffled
-order, as process time; ratios are taken within a round. Run: python benchmarks/end_to_end.py [--rounds 5] [--json FILE]
+order, as process time; ratios are taken within a round.
+Run: python benchmarks/end_to_end.py [--size 379M] [--rounds 5] [--json FILE]
 """
 
 from __future__ import annotations
@@ -36,16 +37,26 @@ DIMS, TAU = (7, 11), 2.6
 VAR = regard.VAR(sink_dims=DIMS, tau=TAU, rho=0.1, min_visual=0.1)
 
 
-def build(dtype: torch.dtype) -> Any:
-    """372 million parameters: 24 layers of 16 heads in 1,024 channels."""
+SIZES = {  # decoder widths; the second is TinyLlama's
+    "379M": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    },
+    "1.1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def build(size: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    text = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        vocab_size=32_000,
-    )
+    text = LlamaConfig(vocab_size=32_000, **SIZES[size])
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -133,13 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--size", choices=tuple(SIZES), default="379M", help="parameters")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
     random.seed(0)
     torch.set_num_threads(1)
     dtype = getattr(torch, given.dtype)
-    model, inputs = build(dtype), prompt(dtype)
+    model, inputs = build(given.size, dtype), prompt(dtype)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, {given.dtype}")
     with regard.apply(model, VAR) as run:
         model.generate(**inputs, do_sample=False, max_new_tokens=4)
@@ -159,7 +171,8 @@ def main() -> None:
         print(f"{side:>12}: {middle:.3f}x sdpa [{low:.3f}, {high:.3f}], {median} s")
     if given.json:
         about = {
-            "command": f"python benchmarks/end_to_end.py --rounds {given.rounds} --dtype {given.dtype}",
+            "command": "python benchmarks/end_to_end.py "
+            f"--size {given.size} --dtype {given.dtype} --rounds {given.rounds}",
             "machine": f"{platform.machine()}, one thread, process time",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
