@@ -58,7 +58,7 @@ def _probs(problem: Problem, scores: Tensor) -> Tensor:
         rows = visible.shape[0]
         scores[..., -rows:].masked_fill_(~visible[:, -rows:], -torch.inf)  # all see the keys before
     if bias is None and problem.score_mod is None:  # no row is blind
-        return scores.softmax(-1)
+        return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
     blind = scores.detach().amax(-1, keepdim=True) == -torch.inf
     if not blind.any():
         return scores.softmax(-1)
