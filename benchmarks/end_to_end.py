@@ -107,6 +107,7 @@ class EagerVar:
         edited = probs[:, :, first:]
         gain = self.policy((edited @ member).float()).to(probs) @ member.transpose(2, 3)
         probs = torch.cat([probs[:, :, :first], edited * gain], 2)
+        value = value.repeat_interleave(module.num_key_value_groups, 1)
         return (probs @ value).transpose(1, 2).contiguous(), probs
 
 
