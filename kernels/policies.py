@@ -61,10 +61,7 @@ class Drop:
         """Coefficients (B, H, Q, G)."""
         keep = torch.ones(masses.shape[-1], dtype=masses.dtype, device=masses.device)
         keep[list(self.groups)] = 0
-        if not self.renormalise:
-            return keep.expand_as(masses)
-        left = (masses * keep).sum(-1, keepdim=True)
-        return keep * torch.where(left > 0, 1 / torch.where(left > 0, left, 1), 0)
+        return _summing_to_one(keep, masses) if self.renormalise else keep.expand_as(masses)
 
 
 @dataclass(frozen=True)
@@ -79,10 +76,7 @@ class Scale:
         if len(self.factors) != masses.shape[-1]:
             raise ValueError(f"{len(self.factors)} factors for {masses.shape[-1]} groups")
         factors = torch.tensor(self.factors, dtype=masses.dtype, device=masses.device)
-        if not self.renormalise:
-            return factors.expand_as(masses)
-        total = (masses * factors).sum(-1, keepdim=True)
-        return factors * torch.where(total > 0, 1 / torch.where(total > 0, total, 1), 0)
+        return _summing_to_one(factors, masses) if self.renormalise else factors.expand_as(masses)
 
 
 @dataclass(frozen=True)
@@ -125,3 +119,9 @@ def in_turn(policy: Policy | Sequence[Policy], count: int) -> Policy:
     if len(policy) == 1:
         return policy[0]
     return InTurn(tuple(policy), (torch.eye(count),) * len(policy))
+
+
+def _summing_to_one(factors: Tensor, masses: Tensor) -> Tensor:
+    """Factors (G,) divided by what each row sums to under them; zero where that is nothing."""
+    total = (masses * factors).sum(-1, keepdim=True)
+    return factors * torch.where(total > 0, 1 / torch.where(total > 0, total, 1), 0)
