@@ -17,11 +17,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .errors import CannotEdit
 from .masses import Forward, reweighted
 from .plan import Entry, LayerPlan, recomputing
-from .session import SESSION, Call
+from .session import SESSION, Call, Session
 
 if TYPE_CHECKING:
     from .edits import HeadGain
     from .engine import Engine
+    from .joint import Joint
 
 NAME = "regard"  # no "/", "flash" or "sdpa" in it: transformers gives those a meaning
 
@@ -65,6 +66,8 @@ def attend(
         if claim.layer in stream.reads:
             stream.outputs[claim.layer] = out[:, -1]
         return out, None
+    if claim.engine.joint is not None:
+        return _together(claim, claim.engine.joint, session, module, query, kwargs), None
     if session.checkpointed and replayed is None:
         raise CannotEdit(
             f"layer {claim.layer}: {type(module).__name__} is not told which prompt it works on, so a checkpoint could "
@@ -72,11 +75,41 @@ def attend(
         )
     if not session.checked:
         session.hits.add(claim.layer)
+    return _main(claim, session, module, query, key, value, attention_mask, kwargs), None
+
+
+def _main(
+    claim: Claim,
+    session: Session,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The main stream, edited where the plan says so."""
     plan = session.plan.layers.get(claim.layer)
     if not plan:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     call = Call(session, claim.layer, claim.cross, query, key)
-    return _edited(plan, call, module, value, attention_mask, kwargs), None
+    return _edited(plan, call, module, value, mask, kwargs)
+
+
+def _together(
+    claim: Claim, joint: Joint, session: Session, module: nn.Module, query: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """All streams of one batch, each over its own keys: (n * B, 1, H, D)."""
+    first, *others = joint.parts(query)
+    (key, value), *theirs = joint.caches.newest
+    outs = []
+    for stream, rows, (k, v), mask in zip(joint.streams, others, theirs, joint.masks[1:], strict=True):
+        out, _ = sdpa_attention_forward(module, rows, k, v, mask, **kwargs)
+        outs.append(out)
+        if claim.layer in stream.reads:
+            stream.outputs[claim.layer] = out[:, -1]
+    main = _main(claim, session, module, first, key, value, joint.masks[0], kwargs)
+    return torch.cat([main, *outs])
 
 
 def _edited(

@@ -1,4 +1,4 @@
-"""The second stream: part of the prompt, run through the same decoder beside the main stream."""
+"""The second stream: another reading of the prompt, run through the same decoder beside the main stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .session import Session
 
 
 class Stream:
-    """A running branch. T tokens of the prompt are kept per sample, padded on the left.
+    """A running branch. T tokens are in its prompt, padded on the left.
 
     `outputs` maps a layer to the head outputs (B, H, D) at the newest row; `hidden` (B, C) is the last
     block's normalised state there.
@@ -25,54 +25,69 @@ class Stream:
         self.reads = frozenset(branch.layers)
         self.outputs: dict[int, Tensor] = {}
         self.hidden: Tensor | None = None
-        self._cache: DynamicCache | None = None
+        self.cache: DynamicCache | None = None
         self._valid: Tensor | None = None  # (B, T + steps), False on padding
-        self._axes: int | None = None
-        self._first = 0
+        self._padded = False
+        self._next: Tensor | None = None  # (B, 1) or (axes, B, 1): the newest token's position
 
-    def advance(self, decoder: nn.Module, session: Session, kwargs: dict[str, Any]) -> None:
-        """Follow the main stream by one forward of the decoder, called with `kwargs`."""
-        if self.hidden is not None and not self.branch.every_step:
-            return
+    @property
+    def waiting(self) -> bool:
+        """Whether the prompt is read and the stream only has to follow."""
+        return self.cache is not None
+
+    # ---- the prompt --------------------------------------------------------------------------------
+
+    def read_part(self, decoder: nn.Module, session: Session, kwargs: dict[str, Any]) -> None:
+        """Run the kept tokens of a forward of the decoder that is called with `kwargs`."""
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = decoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
-        if self._cache is None or not session.cached:
-            self._read_prompt(decoder, session, embeds, kwargs)
-        else:
-            self._step(decoder, embeds)
+        order = self._order(session, embeds)
+        self._start(decoder, session)
+        own = torch.take_along_dim(embeds, order.clamp_min(0)[:, :, None], 1)
+        positions = self._positions(session, kwargs.get("position_ids"))
+        mask = self._mask(kwargs.get("attention_mask"), order.clamp_min(0))
+        self._run(decoder, own, positions, mask)
 
-    def _read_prompt(
-        self, decoder: nn.Module, session: Session, embeds: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        kept = self.branch.keep(session)
-        if session.padding is not None:
-            kept = kept & ~session.padding
-        kept = torch.nn.functional.pad(kept, (0, embeds.shape[1] - kept.shape[1]), value=True).to(
-            embeds.device
-        )
-        counts = kept.sum(1)
-        longest, shortest = int(counts.max()), int(counts.min())
-        if shortest == 0:
+    def _order(self, session: Session, embeds: Tensor) -> Tensor:
+        """Which token stands where in the stream's prompt, (B, T); -1 on padding, which comes first."""
+        assert self.branch.keep is not None
+        kept = self.branch.keep(session).to(embeds.device)
+        prompt = session.prompt
+        if kept.dtype == torch.bool:
+            if session.padding is not None:
+                kept = kept & ~session.padding.to(kept.device)
+            tokens = torch.arange(kept.shape[1], device=kept.device)
+            kept = torch.where(kept, tokens, -1)
+        if embeds.shape[1] > prompt:  # without a cache, generated tokens come again
+            newer = torch.arange(prompt, embeds.shape[1], device=kept.device)
+            kept = torch.cat([kept, newer.expand(len(kept), -1)], 1)
+        counts = (kept >= 0).sum(1)
+        if int(counts.min()) == 0:
             raise CannotEdit(
                 f"branch {self.branch.name!r} keeps no token of a prompt: it has nothing but its image"
             )
-        order = kept.int().argsort(dim=1, stable=True)[:, -longest:]  # kept tokens last, in their order
-        self._valid = kept.gather(1, order)
-        if self.branch.every_step and session.cached:
-            self._cache = DynamicCache(config=decoder.config)  # type: ignore[arg-type]
-        own = torch.take_along_dim(embeds, order[:, :, None], 1)
-        self._note_positions(session, kwargs.get("position_ids"))
-        self._run(decoder, own, self._mask(kwargs.get("attention_mask"), order))
+        last = (kept >= 0).int().argsort(dim=1, stable=True)[:, -int(counts.max()) :]
+        order = kept.gather(1, last)
+        self._valid = order >= 0
+        return order
 
-    def _note_positions(self, session: Session, positions: Tensor | None) -> None:
-        """Count as the model does: its number of position axes, and its first position (0 or 1)."""
-        if positions is None:
-            return
-        if positions.ndim == 3:
-            self._axes = positions.shape[0]
-        else:
-            self._first = int(positions[0, 0 if session.padding is None else int(session.padding[0].sum())])
+    def _start(self, decoder: nn.Module, session: Session) -> None:
+        assert self._valid is not None
+        self._padded = not bool(self._valid.all())
+        self.cache = None
+        if self.branch.every_step and session.cached:
+            self.cache = DynamicCache(config=decoder.config)  # type: ignore[arg-type]
+
+    def _positions(self, session: Session, given: Tensor | None) -> Tensor:
+        """Counted as the model does: its number of position axes, and its first position (0 or 1)."""
+        assert self._valid is not None
+        counted = (self._valid.long().cumsum(1) - 1).clamp_min(0)
+        if given is None:
+            return counted
+        if given.ndim == 3:
+            return counted.expand(given.shape[0], -1, -1)
+        return counted + int(given[0, 0 if session.padding is None else int(session.padding[0].sum())])
 
     def _mask(self, mask: Any, order: Tensor) -> Tensor | None:
         """The kept rows and columns of a mask that the model made itself (a prefix mask, say)."""
@@ -87,26 +102,93 @@ class Stream:
         )  # padding sees itself: no empty row
         return (seen & self._valid[:, None, None, :]) | own
 
-    def _step(self, decoder: nn.Module, embeds: Tensor) -> None:
-        assert self._valid is not None
-        fresh = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        self._valid = torch.cat([self._valid, fresh], 1)
-        self._run(decoder, embeds, None)
+    def read_view(self, model: nn.Module, decoder: nn.Module, session: Session, batch: int) -> None:
+        """Have the whole model read another prompt of `batch` rows, with the stream's own cache."""
+        assert self.branch.view is not None
+        before = session.inputs
+        if before is None:
+            raise CannotEdit(
+                f"branch {self.branch.name!r} reads another prompt, but the model's own arguments are not known: "
+                f"call {type(model).__name__} or its generate"
+            )
+        before = _repeated(before, batch)
+        changed = {**before, **self.branch.view(dict(before), session)}
+        if changed.get("input_ids") is not before.get("input_ids"):
+            changed["position_ids"] = None
+        ids = changed["input_ids"]
+        mask = changed.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.shape == ids.shape
+        self._valid = mask.bool() if plain else torch.ones_like(ids, dtype=torch.bool)
+        self._start(decoder, session)
+        changed |= {"past_key_values": self.cache, "use_cache": self.cache is not None}
+        if "logits_to_keep" in changed:
+            changed["logits_to_keep"] = 1
+        for name in ("labels", "cache_position", "return_dict"):
+            changed.pop(name, None)
+        model(**{name: value for name, value in changed.items() if value is not None})
 
-    def _run(self, decoder: nn.Module, embeds: Tensor, mask: Tensor | None) -> None:
+    def note_view(self, kwargs: dict[str, Any]) -> None:
+        """Positions of a view's prompt, as the model gave them to its decoder."""
         assert self._valid is not None
-        positions = (self._valid.long().cumsum(1) - 1).clamp_min(0)[:, -embeds.shape[1] :] + self._first
+        given = kwargs.get("position_ids")
+        if given is None:
+            length = torch.full((len(self._valid), 1), self._valid.shape[1] - 1)
+            self._next = length.to(self._valid.device)
+        else:
+            newest = given[..., -1:]
+            self._next = newest.expand(*newest.shape[:-2], len(self._valid), 1)
+
+    # ---- generated tokens --------------------------------------------------------------------------
+
+    def next_positions(self, like: Tensor) -> Tensor:
+        """Positions of the next token, with as many axes as `like`, (B, 1) or (axes, B, 1). Moves on by one."""
+        assert self._next is not None
+        assert self._valid is not None
+        self._next = self._next.to(like.device) + 1
+        fresh = torch.ones(len(self._valid), 1, dtype=torch.bool, device=self._valid.device)
+        self._valid = torch.cat([self._valid, fresh], 1)
+        return self._next if self._next.ndim == like.ndim else self._next.expand_as(like)
+
+    def visible(self) -> Tensor | None:
+        """The keys that the newest token sees, (B, 1, 1, K) bool; None when it sees all."""
+        assert self._valid is not None
+        return self._valid[:, None, None] if self._padded else None
+
+    def step(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Follow the main stream by one forward of the decoder, called with `kwargs`."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            embeds = decoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
+        assert self._next is not None
+        self._run(decoder, embeds, self.next_positions(self._next), None)
+
+    def _run(self, decoder: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+        assert self._valid is not None
+        self._next = positions[..., -1:]
         result = decoder(
             inputs_embeds=embeds,
             attention_mask=self._valid.long() if mask is None else mask,
-            position_ids=positions if self._axes is None else positions.expand(self._axes, -1, -1),
-            past_key_values=self._cache,
-            use_cache=self._cache is not None,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
         )
         self.hidden = result.last_hidden_state[:, -1]
 
     def reorder(self, beams: Tensor) -> None:
         """Follow a beam search: row i goes on from row `beams[i]`."""
-        if self._cache is not None and self._valid is not None:
-            self._cache.reorder_cache(beams)  # type: ignore[arg-type]
-            self._valid = self._valid[beams.to(self._valid.device)]
+        if self.cache is None or self._valid is None or self._next is None:
+            return
+        self.cache.reorder_cache(beams)  # type: ignore[arg-type]
+        self._valid = self._valid[beams.to(self._valid.device)]
+        self._next = self._next.index_select(-2, beams.to(self._next.device))
+
+
+def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Arguments as a `generate` of the model's own got them, repeated for its beams."""
+    times = batch // inputs["input_ids"].shape[0]
+    if times == 1:
+        return inputs
+    return {
+        name: value.repeat_interleave(times, 0) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }

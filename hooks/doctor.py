@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .anatomy import Anatomy, anatomy, base_of
-from .engine import check_editable, is_attached
+from .checks import check_editable
+from .engine import is_attached
 from .errors import CannotEdit
 from .report import ranges
 

@@ -3,20 +3,23 @@
 Notation: B samples, H query heads, Q query rows, K keys, D head width, S prompt tokens, G groups.
 Scores are before the softmax, probs after it. `layers` are indices of decoder blocks from 0.
 
-Within one layer the engine applies Bias first, then MassPolicy, then HeadGain, each kind in the
-order in which it was given. Every function gets a `Call` (see `hooks.session`).
+Within one layer the engine applies Mask first, then Bias, MassPolicy and HeadGain, each kind in the
+order in which it was given. These functions get a `Call` (see `hooks.session`). Logits edits act in
+the order given too, before the user's own logits processors. Branches are never edited.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from .exits import Departure
     from .session import Call, Session
+    from .step import Step
 
 Rows = Literal["all", "after_image", "last"]
 
@@ -25,18 +28,38 @@ Rows = Literal["all", "after_image", "last"]
 class Bias:
     """Add `bias(call)` to the scores. Still one scaled-dot-product call.
 
-    Multiplying probs by g and renormalising is the same as adding log g; -inf drops a key.
+    Multiplying probs by g and renormalising is the same as adding log g; -inf drops a key. A bias may
+    depend on the scores themselves, `call.scores(first)`.
 
     Args:
         layers: decoder blocks to edit.
-        bias: returns (B|1, H|1, Q|1, K), or None to leave this forward alone.
+        bias: returns (B|1, H|1, Q|1, K), or None to leave this forward alone. With rows "last" it is asked
+            for the newest row of each sample only: Q is 1.
         heads: query heads to edit; None means all.
+        rows: "all", or "last": the last row of the prompt and every generated one.
         needs_image: raise when no prompt of the batch has an image.
     """
 
     layers: tuple[int, ...]
     bias: Callable[[Call], Tensor | None]
     heads: tuple[int, ...] | None = None
+    needs_image: bool = True
+    rows: Literal["all", "last"] = "all"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Let rows see keys that the model's own mask hides, while the prompt is processed.
+
+    Args:
+        layers: decoder blocks to edit.
+        allow: returns (B|1, H|1, Q, K) bool, True where a row sees a key besides those it sees anyway, or
+            None to leave this forward alone. Padding stays hidden.
+        needs_image: raise when no prompt of the batch has an image.
+    """
+
+    layers: tuple[int, ...]
+    allow: Callable[[Call], Tensor | None]
     needs_image: bool = True
 
 
@@ -103,31 +126,103 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A second stream over part of the prompt, with its own cache, positions and mask.
+class Tower:
+    """Read the CLS token's attention scores in one layer of the vision tower.
 
-    It runs before the main stream, is never edited, and leaves the main cache and `rope_deltas` alone.
+    `session.tower[layer]` holds them while the prompt is processed: (N, H, 1 + P) for N images or crops and
+    P patches, before the softmax, column 0 the CLS token itself.
 
     Args:
-        name: under which `call.branch(name)` finds the stream's head outputs, (B, H, D) at its newest row.
-        keep: session -> (B, S) bool, the prompt tokens that the stream sees. Positions are renumbered from 0.
+        layer: a block of the vision tower; negative ones count from the end, as in `hidden_states`' own use.
+    """
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Let prompt tokens leave the decoder: blocks after the exit neither compute nor store them.
+
+    Positions are kept. Each sample leaves by itself; memory and time are saved from the block on after
+    which every sample has left.
+
+    Args:
+        layers: blocks after which the tokens may leave, ascending.
+        when: asked after each of these blocks while the prompt is read; returns (B,) bool. None: at the first.
+        tokens: session -> (B, S) bool, the tokens that leave; None takes the image tokens.
+    """
+
+    layers: tuple[int, ...]
+    when: Callable[[Departure], Tensor] | None = None
+    tokens: Callable[[Session], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A second stream with its own cache, positions and mask, beside the main one.
+
+    It is never edited, and leaves the main cache and `rope_deltas` alone. Either `keep` takes some of the
+    main stream's prompt tokens, or `view` has the model read another prompt: another image, another text.
+    While tokens are generated, both streams run as one batch where the decoder allows it.
+
+    Args:
+        name: under which `call.branch(name)` finds the stream's head outputs, (B, H, D) at its newest row,
+            and `step.branch(name)` its logits.
+        keep: session -> (B, S) bool, the prompt tokens that the stream sees, or (B, T) indices of tokens in
+            the stream's own order, -1 for none. Positions are renumbered from 0.
         layers: decoder blocks whose head outputs are kept.
         every_step: go on while tokens are generated (teacher-forced on the main stream's tokens).
-        combine: (logits (B, V), stream logits (B, V)) -> (B, V), applied to the newest row; needs `every_step`.
+        view: (the model's keyword arguments at the prompt, session) -> the changed ones, for instance with
+            other `pixel_values`, or with other `input_ids` and `attention_mask` (padded on the left).
+        tower: (what the vision tower returns, session) -> what the stream gets in its place; with `view`.
     """
 
     name: str
-    keep: Callable[[Session], Tensor]
+    keep: Callable[[Session], Tensor] | None = None
     layers: tuple[int, ...] = ()
     every_step: bool = False
-    combine: Callable[[Tensor, Tensor], Tensor] | None = None
+    view: Callable[[dict[str, Any], Session], dict[str, Any]] | None = None
+    tower: Callable[[Any, Session], Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.combine is not None and not self.every_step:
-            raise ValueError(f"branch {self.name!r} combines logits, so it must run at every step")
+        if (self.keep is None) == (self.view is None):
+            raise ValueError(f"branch {self.name!r} needs either `keep` or `view`, to know what it reads")
+        if self.tower is not None and self.view is None:
+            raise ValueError(f"branch {self.name!r} edits the vision tower's output, so it needs a `view`")
 
 
-Edit: TypeAlias = Bias | MassPolicy | HeadGain | Hidden | Branch
+@dataclass(frozen=True)
+class Logits:
+    """Change the logits of the newest row, before the user's logits processors and sampling.
+
+    Args:
+        edit: (logits (B, V), step) -> (B, V). `step.branch(name)` gives the logits of a branch, (B, V), and
+            `step.generated` the number of tokens generated before this one.
+        branches: the branches that it reads; each must be among the edits, with `every_step`.
+        needs_image: raise when no prompt of the batch has an image.
+    """
+
+    edit: Callable[[Tensor, Step], Tensor]
+    branches: tuple[str, ...] = ()
+    needs_image: bool = False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Replace the decoding loop of `generate`.
+
+    Args:
+        loop: called as transformers calls a `custom_generate` function: (model, input_ids, logits_processor=,
+            stopping_criteria=, generation_config=, **model_kwargs) -> what generate returns.
+        check: raises CannotEdit for a generation config that the loop cannot serve, before anything runs.
+    """
+
+    loop: Callable[..., Any]
+    check: Callable[[Any], None] | None = None
+
+
+LayerEdit: TypeAlias = Bias | Mask | MassPolicy | HeadGain | Hidden
+Edit: TypeAlias = LayerEdit | Tower | Exit | Branch | Logits | Decoding
 
 
 def without_image(session: Session) -> Tensor:

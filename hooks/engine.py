@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import exits, tower
 from .anatomy import Anatomy, anatomy
 from .attend import NAME, Claim, claims
 from .branch import Stream
+from .checks import NOT_ROUTED, check_editable, check_together
 from .errors import CannotEdit
+from .generating import follow_beams, watched_generate
+from .joint import Joint, can_join, join
 from .plan import Contribution, Plan
 from .session import SESSION, Session
+from .step import Step
 
-_NOT_ROUTED = (
-    "{} at {} cannot take our attention function: "
-    "this class does not route through transformers' AttentionInterface"
-)
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
 
@@ -51,7 +51,8 @@ class Engine:
         self.stock = "sdpa"
         self.latest: Session | None = None
         self._runs: list[Sequence[Contribution]] = []
-        self._plan = Plan([])
+        self.plan = Plan([])
+        self.joins = True  # whether branches may run as one batch with the main stream
         self._local = threading.local()
         self._by_cache: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
         self._handles: list[Any] = []
@@ -108,14 +109,15 @@ class Engine:
         self.stock = decoder.config._attn_implementation
         decoder.set_attn_implementation(NAME)
         if decoder.config._attn_implementation != NAME:
-            raise CannotEdit(_NOT_ROUTED.format(type(decoder).__name__, self.anatomy.decoder_path))
+            raise CannotEdit(NOT_ROUTED.format(type(decoder).__name__, self.anatomy.decoder_path))
 
     def watch(self) -> None:
         """Install the hooks that the edits at hand need, and no other."""
         self._unwatch()
-        self._plan = plan = Plan([c for run in self._runs for c in run if c.on])
+        self.plan = plan = Plan([c for run in self._runs for c in run if c.on])
         if not plan:
             return
+        check_together(plan, self.model)
         model, decoder, keep = self.model, self.anatomy.decoder, self._handles.append
         keep(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         keep(model.register_forward_hook(self._after_model, always_call=True))
@@ -123,20 +125,21 @@ class Engine:
         keep(decoder.register_forward_hook(self._after_decoder))
         if hasattr(model, "generate"):
             self._own_generate = vars(model).get("generate")
-            model.__dict__["generate"] = _watched_generate(self, self._own_generate)
+            model.__dict__["generate"] = watched_generate(self, self._own_generate)
         reading = plan.reading
         for site in self.anatomy.sites:
-            if plan.layers.get(site.layer) or site.layer in reading:
+            if plan.layers.get(site.layer) or site.layer in reading or plan.following:
                 claims[site.module] = Claim(self, site.layer, site.cross)
             if site.layer in plan.hidden:
                 read = functools.partial(self._before_block, site.layer)
                 keep(site.block.register_forward_pre_hook(read, with_kwargs=True))
-        if any(branch.combine for branch in plan.branches):
+        if plan.exits:
+            self._handles += exits.install(self)
+        if plan.towers or any(branch.tower for branch in plan.branches):
+            self._handles += tower.install(self)
+        if plan.logits:
             head: Any = model.get_output_embeddings()  # type: ignore[operator]
-            if head is None:
-                raise CannotEdit(
-                    f"{type(model).__name__} has no language head, so a branch has no logits to combine"
-                )
+            keep(head.register_forward_pre_hook(self._before_head))
             keep(head.register_forward_hook(self._after_head))
 
     def _unwatch(self) -> None:
@@ -168,42 +171,60 @@ class Engine:
         return getattr(self._local, "stream", None)
 
     def _start(self, ids: Tensor | None, attention_mask: Tensor | None) -> Session:
-        session = Session(self._plan, self.anatomy.image_token)
+        session = Session(self.plan, self.anatomy.image_token)
         session.read_prompt(ids, attention_mask)
         self.latest = session
         return session
 
+    @property
+    def joint(self) -> Joint | None:
+        """The streams that run as one batch in this thread right now."""
+        return getattr(self._local, "joint", None)
+
     @contextmanager
-    def generating(self, ids: Tensor | None, attention_mask: Tensor | None) -> Iterator[None]:
-        """One `generate` call: all its forwards belong to one session."""
+    def generating(self, ids: Tensor | None, given: Mapping[str, Any]) -> Iterator[None]:
+        """One `generate` call with the arguments `given`: all its forwards belong to one session."""
         before = getattr(self._local, "session", None), getattr(self._local, "generating", False)
-        self._local.session, self._local.generating = self._start(ids, attention_mask), True
+        self._local.session, self._local.generating = self._start(ids, given.get("attention_mask")), True
+        self._note_inputs({key: value for key, value in given.items() if isinstance(value, Tensor)})
         try:
             yield
         finally:
             self._local.session, self._local.generating = before
 
+    def _note_inputs(self, kwargs: dict[str, Any]) -> None:
+        """Keep the arguments of the forward that reads the prompt, where a branch reads it in another way."""
+        session = self._local.session
+        if any(branch.view for branch in session.plan.branches) and not (session.cached and session.seen):
+            session.inputs = dict(kwargs)
+
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.stream is not None:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
         if getattr(self._local, "generating", False):
             session = self._local.session
+            if session.rows == 0 or not session.cached:
+                self._note_inputs({**kwargs, "input_ids": ids})
             if session.rows == 0 and ids is not None and ids.shape[1] == session.prompt:
                 session.read_prompt(ids, mask)  # beams are expanded and padding is inferred by now
             return
         cache = kwargs.get("past_key_values")
         if cache is None or _length(cache) == 0:
             self._local.session = self._start(ids, mask)
-        elif cache in self._by_cache and self._by_cache[cache].plan.contributions == self._plan.contributions:
+        elif cache in self._by_cache and self._by_cache[cache].plan.contributions == self.plan.contributions:
             self._local.session = self._by_cache[cache]
         else:
             raise CannotEdit(
                 f"the cache passed in holds {_length(cache)} tokens that were not computed under these edits: "
                 "start from an empty cache"
             )
+        if cache is None or _length(cache) == 0:
+            self._note_inputs({**kwargs, "input_ids": ids})
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if getattr(self._local, "generating", False):
+        if self.stream is not None or getattr(self._local, "generating", False):
             return
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self._local.session is not None:
@@ -212,6 +233,8 @@ class Engine:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.stream is not None:
+            if self.stream.branch.view is not None and self.stream.hidden is None:
+                self.stream.note_view(kwargs)
             return None
         session = getattr(self._local, "session", None)
         if session is None:
@@ -219,35 +242,89 @@ class Engine:
                 f"{self.anatomy.decoder_path} was called by itself, so the image tokens are not known: "
                 f"call {type(self.model).__name__} or its generate"
             )
+        if args:
+            kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
         tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs["input_ids"] if tokens is None else tokens
         cache = kwargs.get("past_key_values")
         cached = cache is not None or kwargs.get("use_cache") is not False
-        assert tokens is not None
         session.begin(tokens.shape[0], tokens.shape[1], 0 if cache is None else _length(cache), cached)
-        guessing = not session.prefill and session.rows > 1 and getattr(self._local, "generating", False)
-        for branch in session.plan.branches:
-            if branch.every_step and guessing:
-                raise CannotEdit(
-                    f"branch {branch.name!r} follows the main stream token by token, but this generate tries "
-                    f"{session.rows} at once (assisted or prompt-lookup decoding): generate without it"
-                )
-            if branch.name not in session.streams:
-                session.streams[branch.name] = Stream(branch)
-                _follow_beams(cache, session.streams[branch.name])
-            self._local.stream = session.streams[branch.name]
-            try:
-                self._local.stream.advance(module, session, kwargs)
-            finally:
-                self._local.stream = None
+        if session.plan.branches or session.plan.logits:
+            kwargs = self._run_branches(module, session, kwargs)
         session.checkpointed = _is_checkpointed(module)
-        return (args, {**kwargs, SESSION: session}) if session.checkpointed else None
+        return args, {**kwargs, SESSION: session} if session.checkpointed else kwargs
 
-    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        session = getattr(self._local, "session", None)
-        if self.stream is not None or session is None or session.checked:
-            return
+    def _run_branches(self, decoder: nn.Module, session: Session, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Let every branch read or follow; returns the decoder's arguments, for all streams where they can join."""
+        guessing = not session.prefill and session.rows > 1 and getattr(self._local, "generating", False)
+        following = [branch for branch in session.plan.branches if branch.every_step]
+        if guessing and (following or session.plan.logits):
+            what = f"branch {following[0].name!r}" if following else session.plan.logits[0].tally.intervention
+            raise CannotEdit(
+                f"{what} follows the main stream token by token, but this generate tries "
+                f"{session.rows} at once (assisted or prompt-lookup decoding): generate without it"
+            )
+        late = []
+        for branch in session.plan.branches:
+            stream = session.streams.get(branch.name)
+            if stream is None:
+                stream = session.streams[branch.name] = Stream(branch)
+                follow_beams(kwargs.get("past_key_values"), stream)
+                self._read(decoder, stream, session, kwargs)
+            elif branch.every_step and stream.cache is None:
+                self._read(decoder, stream, session, kwargs)
+            elif branch.every_step:
+                late.append(stream)
+        if late and self.joins and can_join(self.anatomy) and not session.plan.exits:
+            joined = join(decoder, session, late, kwargs)
+            if joined is not None:
+                self._local.joint, kwargs = joined
+                return kwargs
+        for stream in late:
+            with self._running(stream):
+                stream.step(decoder, kwargs)
+        return kwargs
+
+    def _read(self, decoder: nn.Module, stream: Stream, session: Session, kwargs: dict[str, Any]) -> None:
+        """Let a branch read its prompt."""
+        with self._running(stream):
+            if stream.branch.view is None:
+                stream.read_part(decoder, session, kwargs)
+            else:
+                stream.read_view(self.model, decoder, session, session.batch)
+
+    @contextmanager
+    def _running(self, stream: Stream) -> Iterator[None]:
+        """Attention belongs to this stream; what the model remembers of the main stream's positions is kept."""
+        deltas = [
+            (module, module.rope_deltas) for module in self.model.modules() if hasattr(module, "rope_deltas")
+        ]
+        self._local.stream = stream
+        try:
+            yield
+        finally:
+            self._local.stream = None
+            for module, before in deltas:
+                module.rope_deltas = before
+
+    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.stream is not None:
+            self.stream.hidden = output.last_hidden_state[:, -1]
+            return None
+        session, joint = getattr(self._local, "session", None), self.joint
+        if joint is not None:
+            self._local.joint = None
+            main, *others = joint.parts(output.last_hidden_state)
+            output.last_hidden_state = main
+            if output.past_key_values is not None:
+                output.past_key_values = joint.caches.main
+            for stream, hidden in zip(joint.streams, others, strict=True):
+                stream.hidden = hidden[:, -1]
+        if session is not None and not session.checked:
+            self._check_hits(session)
+        return output
+
+    def _check_hits(self, session: Session) -> None:
         wanted = {layer for layer, plan in session.plan.layers.items() if plan} - set(
             self.anatomy.cross_layers
         )
@@ -276,17 +353,28 @@ class Engine:
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         session = getattr(self._local, "session", None)
-        if session is None or getattr(self._local, "combining", False):
+        if session is None or self.stream is not None:
             return None
-        self._local.combining = True
-        try:
-            newest = output[:, -1]
-            for branch in session.plan.branches:
-                if branch.combine is not None:
-                    newest = branch.combine(newest, module(session.streams[branch.name].hidden))
-        finally:
-            self._local.combining = False
-        return torch.cat([output[:, :-1], newest[:, None]], 1)
+        following = self._following(session)
+        others = output[:, -len(following) :].unbind(1) if following else ()
+        output = output[:, : output.shape[1] - len(following)]
+        step = Step(session, dict(zip((stream.branch.name for stream in following), others, strict=True)))
+        newest = output[:, -1]
+        for entry in session.plan.logits:
+            newest = entry.edit.edit(newest, step)
+            entry.tally.count(session.prefill, 1)
+        return newest[:, None] if output.shape[1] == 1 else torch.cat([output[:, :-1], newest[:, None]], 1)
+
+    def _before_head(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Put the branches' newest states behind the main stream's, so that the head's weights are read once."""
+        session = getattr(self._local, "session", None)
+        if session is None or self.stream is not None:
+            return None
+        hidden = [stream.hidden for stream in self._following(session) if stream.hidden is not None]
+        return (torch.cat([args[0], *(state[:, None].to(args[0]) for state in hidden)], 1), *args[1:])
+
+    def _following(self, session: Session) -> list[Stream]:
+        return [session.streams[branch.name] for branch in session.plan.branches if branch.every_step]
 
 
 def _is_checkpointed(decoder: nn.Module) -> bool:
@@ -298,70 +386,3 @@ def _is_checkpointed(decoder: nn.Module) -> bool:
 
 def _length(cache: Any) -> int:
     return int(cache.get_seq_length())  # a static cache counts in a tensor that it updates in place
-
-
-def _follow_beams(cache: Any, stream: Stream) -> None:
-    """Let a beam search that reorders the main cache reorder the branch's too."""
-    if cache is None or not stream.branch.every_step:
-        return
-    reorder = cache.reorder_cache
-
-    def both(beam_idx: Tensor) -> None:
-        reorder(beam_idx)
-        stream.reorder(beam_idx)
-
-    cache.reorder_cache = both
-
-
-def _watched_generate(engine: Engine, own: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The model's generate (its class's, or its own if it has one) as one session, never compiled."""
-    original: Callable[..., Any] = type(engine.model).generate  # type: ignore[attr-defined]
-    reference, signature = weakref.ref(engine), inspect.signature(original)
-
-    @functools.wraps(original)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        engine = reference()
-        assert engine is not None
-        given = {**signature.bind_partial(engine.model, *args).arguments, **kwargs}
-        ids = given.get("input_ids", given.get("inputs"))
-        if ids is not None and ids.is_floating_point():
-            ids = None
-        kwargs.setdefault("disable_compile", True)  # on a GPU a static cache would compile the hooked forward
-        with engine.generating(ids, given.get("attention_mask")):
-            return own(*args, **kwargs) if own else original(engine.model, *args, **kwargs)
-
-    return generate
-
-
-def check_editable(model: nn.Module, parts: Anatomy) -> None:
-    """Raise CannotEdit where an edit would be skipped, wrong, or not what the user measures."""
-    if parts.decoder is model:
-        raise CannotEdit(f"{type(model).__name__} is a bare decoder: pass the model with its language head")
-    if model.training:
-        raise CannotEdit(
-            f"{type(model).__name__} is in training mode, where dropout changes every result: call model.eval()"
-        )
-    for path, module in model.named_modules():
-        if (
-            getattr(module, "_compiled_call_impl", None) is not None
-            or "_orig_mod" in module._modules
-            or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        ):
-            raise CannotEdit(
-                f"{path or type(model).__name__} is compiled: hooks and state do not reach into a compiled graph; "
-                "apply to the model before torch.compile (the original is `compiled._orig_mod`)"
-            )
-    decoder: Any = parts.decoder
-    if not getattr(decoder, "_can_set_attn_implementation", lambda: True)():
-        raise CannotEdit(_NOT_ROUTED.format(type(decoder).__name__, parts.decoder_path))
-    stock = decoder.config._attn_implementation
-    if stock == NAME:
-        raise CannotEdit(
-            f"{parts.decoder_path} is being edited already, as part of another object than this "
-            f"{type(model).__name__}: apply to the same object, or end that run first"
-        )
-    if stock not in ("sdpa", "eager"):
-        raise CannotEdit(
-            f"{parts.decoder_path} runs attention by {stock!r}, and the baseline must run on what is edited: "
-            "call model.set_attn_implementation('sdpa') first"
-        )

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .anatomy import Anatomy
-from .edits import Bias, Branch, Edit, HeadGain, Hidden, MassPolicy
+from .edits import (
+    Bias,
+    Branch,
+    Decoding,
+    Edit,
+    Exit,
+    HeadGain,
+    Hidden,
+    LayerEdit,
+    Logits,
+    Mask,
+    MassPolicy,
+    Tower,
+)
 from .errors import CannotEdit
 
-E = TypeVar("E", Bias, MassPolicy, HeadGain, Hidden)
+E = TypeVar("E", Bias, Mask, MassPolicy, HeadGain, Hidden, Logits, Exit)
+NO_LAYER = -1  # where a tally belongs to the logits or to the whole decoder
 
 
 def recomputing() -> bool:
@@ -75,19 +89,23 @@ class Entry(Generic[E]):
 class LayerPlan:
     """The edits of one layer, each kind in the order given."""
 
+    masks: list[Entry[Mask]] = field(default_factory=list)
     bias: list[Entry[Bias]] = field(default_factory=list)
     policies: list[Entry[MassPolicy]] = field(default_factory=list)
     gains: list[Entry[HeadGain]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.bias or self.policies or self.gains)
+        return bool(self.masks or self.bias or self.policies or self.gains)
 
 
 _PATHS = {
     Bias: "one SDPA call with an additive mask",
+    Mask: "one SDPA call with a mask",
     MassPolicy: "SDPA, edited rows by group masses",
     HeadGain: "SDPA, head outputs scaled",
     Hidden: "read at the block's input",
+    Logits: "newest row of the logits",
+    Exit: "tokens left the decoder",
 }
 
 
@@ -108,11 +126,12 @@ class Contribution:
                 "has no image_token_id: pass the whole vision-language model, or set config.image_token_id"
             )
         for edit in self.edits:
-            anatomy.check_layers(edit.layers, self.name)
+            if isinstance(edit, LayerEdit | Branch | Exit):
+                anatomy.check_layers(edit.layers, self.name)
             if isinstance(edit, Bias | HeadGain):
                 anatomy.check_heads(edit.heads, self.name)
 
-    def tally(self, edit: Bias | MassPolicy | HeadGain | Hidden, layer: int) -> Tally:
+    def tally(self, edit: LayerEdit | Logits | Exit, layer: int) -> Tally:
         """The counter of one kind of edit in one layer."""
         kind = type(edit).__name__
         for tally in self.tallies:
@@ -134,64 +153,86 @@ class Plan:
         self.layers: dict[int, LayerPlan] = {}
         self.hidden: dict[int, list[Entry[Hidden]]] = {}
         self.branches: list[Branch] = []
+        self.logits: list[Entry[Logits]] = []
+        self.towers: set[int] = set()
+        self.exits: list[Entry[Exit]] = []
+        self.decodings: list[tuple[str, Decoding]] = []
         for number, (owner, edit) in enumerate((c, edit) for c in contributions for edit in c.edits):
-            if isinstance(edit, Branch):
-                _add_branch(self.branches, edit)
-                continue
-            for layer in edit.layers:
-                place = owner.tally(edit, layer), id(owner), (number, layer)
-                at = self.layers.setdefault(layer, LayerPlan())
-                if isinstance(edit, Hidden):
-                    self.hidden.setdefault(layer, []).append(Entry(edit, *place))
-                elif isinstance(edit, Bias):
-                    at.bias.append(Entry(edit, *place))
-                elif isinstance(edit, MassPolicy):
-                    at.policies.append(Entry(edit, *place))
-                else:
-                    at.gains.append(Entry(edit, *place))
+            self._file(owner, edit, number)
         self.needs_image = _names(contributions, _needs_image)
         self.whole_prompt = _names(contributions, _reads_prompt_once)
 
+    def _file(self, owner: Contribution, edit: Edit, number: int) -> None:
+        """Put one edit where the engine looks for it."""
+        if isinstance(edit, Branch):
+            _add_branch(self.branches, edit)
+        elif isinstance(edit, Tower):
+            self.towers.add(edit.layer)
+        elif isinstance(edit, Decoding):
+            self.decodings.append((owner.name, edit))
+        elif isinstance(edit, Logits):
+            self.logits.append(Entry(edit, owner.tally(edit, NO_LAYER), id(owner), (number, NO_LAYER)))
+        elif isinstance(edit, Exit):
+            self.exits.append(Entry(edit, owner.tally(edit, NO_LAYER), id(owner), (number, NO_LAYER)))
+        else:
+            for layer in edit.layers:
+                self._file_in_layer(
+                    edit, layer, Entry(edit, owner.tally(edit, layer), id(owner), (number, layer))
+                )
+
+    def _file_in_layer(self, edit: LayerEdit, layer: int, entry: Entry[Any]) -> None:
+        at = self.layers.setdefault(layer, LayerPlan())
+        if isinstance(edit, Hidden):
+            self.hidden.setdefault(layer, []).append(entry)
+        elif isinstance(edit, Mask):
+            at.masks.append(entry)
+        elif isinstance(edit, Bias):
+            at.bias.append(entry)
+        elif isinstance(edit, MassPolicy):
+            at.policies.append(entry)
+        else:
+            at.gains.append(entry)
+
     def __bool__(self) -> bool:
-        return bool(self.layers or self.hidden or self.branches)
+        return bool(
+            self.layers or self.hidden or self.branches or self.logits or self.exits or self.decodings
+        )
 
     @property
     def reading(self) -> tuple[int, ...]:
         """Layers whose head outputs some branch keeps."""
         return tuple(sorted({layer for branch in self.branches for layer in branch.layers}))
 
+    @property
+    def following(self) -> bool:
+        """Whether some branch goes on while tokens are generated."""
+        return any(branch.every_step for branch in self.branches)
+
 
 def _add_branch(branches: list[Branch], new: Branch) -> None:
-    """One stream serves all branches of one name over the same tokens; each combination acts in its turn."""
+    """One stream serves all branches of one name over the same tokens."""
     for number, old in enumerate(branches):
         if old == new:
             return
-        if (old.name, old.keep) == (new.name, new.keep):
+        if (old.name, old.keep, old.view, old.tower) == (new.name, new.keep, new.view, new.tower):
             layers = tuple(sorted({*old.layers, *new.layers}))
-            combine = _in_turn(old, new) if old.combine and new.combine else old.combine or new.combine
-            every_step = old.every_step or new.every_step
-            branches[number] = replace(old, layers=layers, every_step=every_step, combine=combine)
+            branches[number] = replace(old, layers=layers, every_step=old.every_step or new.every_step)
             return
         if old.name == new.name:
             raise CannotEdit(
-                f"two branches are called {new.name!r} but keep other tokens: give one another name"
+                f"two branches are called {new.name!r} but read other prompts: give one another name"
             )
     branches.append(new)
 
 
-def _in_turn(first: Branch, second: Branch) -> Callable[[Tensor, Tensor], Tensor]:
-    before, after = first.combine, second.combine
-    assert before is not None
-    assert after is not None
-    return lambda logits, stream: after(before(logits, stream), stream)
-
-
 def _needs_image(edit: Edit) -> bool:
-    return isinstance(edit, Bias | MassPolicy | HeadGain) and edit.needs_image
+    return isinstance(edit, Bias | Mask | MassPolicy | HeadGain | Logits) and edit.needs_image
 
 
 def _reads_prompt_once(edit: Edit) -> bool:
-    return isinstance(edit, Hidden | Branch | MassPolicy) or (isinstance(edit, HeadGain) and edit.hold)
+    return isinstance(edit, Hidden | Branch | Mask | MassPolicy | Exit | Tower) or (
+        isinstance(edit, HeadGain) and edit.hold
+    )
 
 
 def _names(contributions: Sequence[Contribution], wanted: Callable[[Edit], bool]) -> str:

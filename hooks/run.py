@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, base_of
-from .edits import Bias, Branch, Edit, HeadGain, Hidden, MassPolicy
+from .edits import Edit
 from .engine import Engine, engine_of
 from .errors import CannotEdit
 from .plan import Contribution
@@ -110,7 +110,7 @@ class Run:
 
 
 def _contribution(item: Intervention | Edit, anatomy: Anatomy) -> Contribution:
-    if isinstance(item, Bias | MassPolicy | HeadGain | Hidden | Branch):
+    if isinstance(item, Edit):
         return Contribution(type(item).__name__, (item,))
     if isinstance(item, Intervention) and not isinstance(item, type):
         return Contribution(item.name, tuple(item.edits(anatomy)))

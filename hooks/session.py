@@ -36,6 +36,7 @@ class Session:
     image: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     padding: Tensor | None = None
     prompt: int = 0
+    batch: int = 0
     seen: int = 0
     rows: int = 0
     cached: bool = False
@@ -45,6 +46,10 @@ class Session:
     memory: dict[Any, Any] = field(default_factory=dict)
     hidden: dict[tuple[str, int], dict[int, Tensor]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
+    inputs: dict[str, Any] | None = (
+        None  # the model's own arguments at the prompt, kept for branches with a view
+    )
+    tower: dict[int, Tensor] = field(default_factory=dict)
     _step: dict[Any, Any] = field(default_factory=dict)
 
     def read_prompt(self, ids: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -82,7 +87,7 @@ class Session:
     def begin(self, batch: int, rows: int, seen: int, cached: bool) -> None:
         """Set the clock for a forward of `rows` query rows after `seen` cached tokens."""
         first = self.rows == 0
-        self.seen, self.rows, self.cached = seen, rows, cached
+        self.batch, self.seen, self.rows, self.cached = batch, seen, rows, cached
         self._step.clear()
         if self.prompt == 0:
             self.prompt = seen + rows

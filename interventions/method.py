@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..hooks.anatomy import Anatomy
 from ..hooks.edits import Edit
@@ -26,6 +26,10 @@ class Method(ABC):
     def for_model(cls, anatomy: Anatomy) -> Method:
         """The method with the paper's defaults for this model."""
         return cls()
+
+    def with_processor(self, processor: Any) -> Method:
+        """The method with what it needs of the model's processor (token ids, image statistics) filled in."""
+        return self
 
     @abstractmethod
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from torch import nn
+
 from ..hooks import run as runs
 from ..hooks.anatomy import anatomy, base_of
 from ..hooks.edits import Edit
@@ -58,12 +60,19 @@ def recipe(name: str, model: Any) -> Method:
     raise UnknownName("recipe", name, [method.name for method in METHODS])
 
 
-def resolve(model: Any, items: Sequence[str | Intervention | Edit]) -> list[Intervention | Edit]:
-    """Names made objects; objects as they are."""
-    return [recipe(item, model) if isinstance(item, str) else item for item in items]
+def resolve(
+    model: Any, items: Sequence[str | Intervention | Edit], processor: Any = None
+) -> list[Intervention | Edit]:
+    """Names made objects, and methods given what they need of the processor."""
+    if processor is None and not isinstance(model, nn.Module):
+        processor = getattr(model, "processor", None)  # a transformers pipeline has one
+    found = [recipe(item, model) if isinstance(item, str) else item for item in items]
+    if processor is None:
+        return found
+    return [item.with_processor(processor) if isinstance(item, Method) else item for item in found]
 
 
-def apply(model: Any, *interventions: str | Intervention | Edit) -> Run:
+def apply(model: Any, *interventions: str | Intervention | Edit, processor: Any = None) -> Run:
     """Edit a model for the length of a `with` statement.
 
         with regard.apply(model, "vhr", regard.VAR(transfer=0.6)) as run:
@@ -74,16 +83,18 @@ def apply(model: Any, *interventions: str | Intervention | Edit) -> Run:
     Args:
         model: a transformers model, a PEFT model, or a transformers pipeline.
         interventions: recipe names, interventions or single edits; they act in the order given.
+        processor: the model's processor, for the recipes that read or write text or pixels (AGLA, ICD, MMA);
+            a pipeline brings its own.
 
     Raises:
         UnknownName, CannotEdit, OutOfRange: before anything is changed.
     """
-    return Run(model, resolve(model, interventions))
+    return Run(model, resolve(model, interventions, processor))
 
 
-def wrap(model: T, *interventions: str | Intervention | Edit) -> T:
+def wrap(model: T, *interventions: str | Intervention | Edit, processor: Any = None) -> T:
     """Edit a model or pipeline until `unwrap`; returns the same object. Errors are those of `apply`."""
-    return runs.wrap(model, resolve(model, interventions))
+    return runs.wrap(model, resolve(model, interventions, processor))
 
 
 def unwrap(model: T) -> T:

@@ -26,6 +26,11 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "HeadGain": "hooks.edits",
     "Hidden": "hooks.edits",
     "Branch": "hooks.edits",
+    "Mask": "hooks.edits",
+    "Tower": "hooks.edits",
+    "Exit": "hooks.edits",
+    "Logits": "hooks.edits",
+    "Decoding": "hooks.edits",
     "Groups": "kernels.groups",
     "reweighted_attention": "kernels.reweighted",
     "merge_partials": "kernels.partial",
@@ -52,9 +57,14 @@ if TYPE_CHECKING:
     from .hooks.doctor import doctor as doctor
     from .hooks.edits import Bias as Bias
     from .hooks.edits import Branch as Branch
+    from .hooks.edits import Decoding as Decoding
+    from .hooks.edits import Exit as Exit
     from .hooks.edits import HeadGain as HeadGain
     from .hooks.edits import Hidden as Hidden
+    from .hooks.edits import Logits as Logits
+    from .hooks.edits import Mask as Mask
     from .hooks.edits import MassPolicy as MassPolicy
+    from .hooks.edits import Tower as Tower
     from .hooks.errors import CannotEdit as CannotEdit
     from .hooks.errors import NoImageTokens as NoImageTokens
     from .hooks.errors import OutOfRange as OutOfRange

@@ -254,12 +254,12 @@ def test_a_text_stream_equals_a_forward_without_cache(family: Family) -> None:
     inputs = family.batch(specs)
     other: list[Tensor] = []
 
-    def keep(main: Tensor, stream: Tensor) -> Tensor:
-        other.append(stream)
-        return 1.5 * main - 0.5 * stream
+    def keep(main: Tensor, step: Any) -> Tensor:
+        other.append(step.branch("text"))
+        return 1.5 * main - 0.5 * other[-1]
 
-    branch = regard.Branch("text", regard.hooks.edits.without_image, every_step=True, combine=keep)
-    with regard.apply(family.model, branch):
+    branch = regard.Branch("text", regard.hooks.edits.without_image, every_step=True)
+    with regard.apply(family.model, branch, regard.Logits(keep, ("text",))):
         ids, logits = generate(family, inputs)
     plain = generate(family, inputs)[1]
     assert (plain - logits).abs().max() > 1e-3

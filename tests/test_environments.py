@@ -29,8 +29,18 @@ def edit_of(kind: str, layers: tuple[int, ...] = (0, 1, 2)) -> Any:
     return regard.VAR(**sinks, transfer=0.9, layers=layers)
 
 
-def contrast() -> regard.Branch:
-    return regard.Branch("text", without_image, every_step=True, combine=lambda a, b: 1.5 * a - 0.5 * b)
+class Contrast:
+    """1.5 times the logits less half of those without the image."""
+
+    name = "contrast"
+
+    def edits(self, anatomy: Any) -> Any:
+        contrast = regard.Logits(lambda z, step: 1.5 * z - 0.5 * step.branch("text"), ("text",))
+        return regard.Branch("text", without_image, every_step=True), contrast
+
+
+def contrast() -> Contrast:
+    return Contrast()
 
 
 def logits_of(model: Any, inputs: Inputs, *edits: Any, steps: int = 3) -> Tensor:

@@ -125,8 +125,8 @@ def test_values_that_an_intervention_does_not_take(llava: Family) -> None:
         regard.VHR(variant="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="transfer is a fraction from 0 to 1"):
         regard.VAR(transfer=1.5)
-    with pytest.raises(ValueError, match="every step"):
-        regard.Branch("b", lambda s: ~s.image, combine=lambda a, b: a)
+    with pytest.raises(ValueError, match="either `keep` or `view`"):
+        regard.Branch("b")
 
     def call(dims: Any) -> Callable[[], None]:
         return lambda: generate(llava.model, llava.inputs(), regard.VAR(sink_dims=dims, tau=2.0))
@@ -291,8 +291,8 @@ def test_a_bare_decoder_and_a_part_of_an_edited_model(llava: Family) -> None:
     refused(llava.model, inputs, both, regard.CannotEdit, "edited already", "LlavaModel")
 
 
-def test_a_branch_to_combine_needs_a_language_head(llava: Family) -> None:
-    branch = regard.Branch("b", lambda s: ~s.image, every_step=True, combine=lambda a, b: a)
+def test_logits_need_a_language_head(llava: Family) -> None:
+    branch = regard.Logits(lambda z, step: z)
     headless = llava.model.model
 
     def call() -> None:

@@ -283,8 +283,18 @@ def alive(*kinds: type) -> int:
     return sum(type(thing) in kinds for thing in gc.get_objects())
 
 
-def contrast() -> regard.Branch:
-    return regard.Branch("text", lambda s: ~s.image, every_step=True, combine=lambda a, b: 1.5 * a - 0.5 * b)
+class Contrast:
+    """1.5 times the logits less half of those without the image."""
+
+    name = "contrast"
+
+    def edits(self, anatomy: Any) -> Any:
+        contrast = regard.Logits(lambda z, step: 1.5 * z - 0.5 * step.branch("text"), ("text",))
+        return regard.Branch("text", lambda s: ~s.image, every_step=True), contrast
+
+
+def contrast() -> Contrast:
+    return Contrast()
 
 
 def test_memory_does_not_grow(llava: Family) -> None:
