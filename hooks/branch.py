@@ -103,22 +103,29 @@ class Stream:
         return (seen & self._valid[:, None, None, :]) | own
 
     def read_view(self, model: nn.Module, decoder: nn.Module, session: Session, batch: int) -> None:
-        """Have the whole model read another prompt of `batch` rows, with the stream's own cache."""
+        """Have the whole model read another prompt, with the stream's own cache, for `batch` rows or beams."""
         assert self.branch.view is not None
         before = session.inputs
-        if before is None:
+        if before is None or before.get("input_ids") is None:
             raise CannotEdit(
                 f"branch {self.branch.name!r} reads another prompt, but the model's own arguments are not known: "
-                f"call {type(model).__name__} or its generate"
+                f"call {type(model).__name__} or its generate, with input_ids"
             )
-        before = _repeated(before, batch)
         changed = {**before, **self.branch.view(dict(before), session)}
-        if changed.get("input_ids") is not before.get("input_ids"):
+        own = [name for name in changed if changed[name] is not before.get(name)]
+        if "input_ids" in own:
             changed["position_ids"] = None
-        ids = changed["input_ids"]
-        mask = changed.get("attention_mask")
-        plain = isinstance(mask, Tensor) and mask.shape == ids.shape
-        self._valid = mask.bool() if plain else torch.ones_like(ids, dtype=torch.bool)
+        if "mm_encoder_outputs" in changed:  # generate has encoded the image already
+            again = self.branch.tower is not None or any(
+                "input_ids" not in name or name[0] == "q" for name in own
+            )
+            spare = "mm_encoder_outputs" if again else "pixel_values"
+            changed.pop(spare, None)
+        ids, mask = changed["input_ids"], changed.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            self._valid = mask.bool()
+        else:
+            self._valid = torch.ones_like(ids, dtype=torch.bool)
         self._start(decoder, session)
         changed |= {"past_key_values": self.cache, "use_cache": self.cache is not None}
         if "logits_to_keep" in changed:
@@ -126,6 +133,24 @@ class Stream:
         for name in ("labels", "cache_position", "return_dict"):
             changed.pop(name, None)
         model(**{name: value for name, value in changed.items() if value is not None})
+        self._expand(batch // len(ids), session)
+
+    def _expand(self, times: int, session: Session) -> None:
+        """Repeat each row for the beams that it is read for."""
+        if times == 1:
+            return
+        if self.cache is None:
+            raise CannotEdit(
+                f"branch {self.branch.name!r} reads another prompt: beams need the cache, use_cache=True"
+            )
+        assert self._valid is not None
+        assert self._next is not None
+        assert self.hidden is not None
+        self.cache.batch_repeat_interleave(times)
+        self._valid = self._valid.repeat_interleave(times, 0)
+        self._next = self._next.repeat_interleave(times, -2)
+        self.hidden = self.hidden.repeat_interleave(times, 0)
+        self.outputs = {layer: out.repeat_interleave(times, 0) for layer, out in self.outputs.items()}
 
     def note_view(self, kwargs: dict[str, Any]) -> None:
         """Positions of a view's prompt, as the model gave them to its decoder."""
@@ -183,12 +208,18 @@ class Stream:
         self._next = self._next.index_select(-2, beams.to(self._next.device))
 
 
-def _repeated(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Arguments as a `generate` of the model's own got them, repeated for its beams."""
-    times = batch // inputs["input_ids"].shape[0]
+_ALONG_ROWS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+
+
+def unexpanded(given: dict[str, Tensor], forward: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, without the copies of rows that beams or several answers have.
+
+    `given` is what `generate` was called with: a forward need not be told of pixels that are encoded already.
+    """
+    ids = given.get("input_ids")
+    times = 1 if ids is None or forward["input_ids"] is None else len(forward["input_ids"]) // len(ids)
     if times == 1:
-        return inputs
-    return {
-        name: value.repeat_interleave(times, 0) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
+        return {**given, **forward}
+    own = {name: forward[name] for name in _ALONG_ROWS if isinstance(forward.get(name), Tensor)}
+    rows = {name: value[..., ::times, :] for name, value in own.items()}
+    return {**given, **rows}

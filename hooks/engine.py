@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import exits, tower
 from .anatomy import Anatomy, anatomy
 from .attend import NAME, Claim, claims
-from .branch import Stream
+from .branch import Stream, unexpanded
 from .checks import NOT_ROUTED, check_editable, check_together
 from .errors import CannotEdit
 from .generating import follow_beams, watched_generate
@@ -186,17 +186,17 @@ class Engine:
         """One `generate` call with the arguments `given`: all its forwards belong to one session."""
         before = getattr(self._local, "session", None), getattr(self._local, "generating", False)
         self._local.session, self._local.generating = self._start(ids, given.get("attention_mask")), True
-        self._note_inputs({key: value for key, value in given.items() if isinstance(value, Tensor)})
+        given = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+        self._local.session.given = self._local.session.inputs = given
         try:
             yield
         finally:
             self._local.session, self._local.generating = before
 
-    def _note_inputs(self, kwargs: dict[str, Any]) -> None:
-        """Keep the arguments of the forward that reads the prompt, where a branch reads it in another way."""
-        session = self._local.session
-        if any(branch.view for branch in session.plan.branches) and not (session.cached and session.seen):
-            session.inputs = dict(kwargs)
+    def _note_inputs(self, session: Session, kwargs: dict[str, Any], ids: Tensor | None) -> None:
+        """Keep the arguments of a forward that reads the prompt, where a branch reads it in another way."""
+        if any(branch.view for branch in session.plan.branches):
+            session.inputs = unexpanded(session.given, {**kwargs, "input_ids": ids})
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.stream is not None:
@@ -206,7 +206,7 @@ class Engine:
         if getattr(self._local, "generating", False):
             session = self._local.session
             if session.rows == 0 or not session.cached:
-                self._note_inputs({**kwargs, "input_ids": ids})
+                self._note_inputs(session, kwargs, ids)
             if session.rows == 0 and ids is not None and ids.shape[1] == session.prompt:
                 session.read_prompt(ids, mask)  # beams are expanded and padding is inferred by now
             return
@@ -221,7 +221,7 @@ class Engine:
                 "start from an empty cache"
             )
         if cache is None or _length(cache) == 0:
-            self._note_inputs({**kwargs, "input_ids": ids})
+            self._note_inputs(self._local.session, kwargs, ids)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.stream is not None or getattr(self._local, "generating", False):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from .plan import Tally
+from .plan import NO_LAYER, Tally
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class Report:
             if not acted:
                 lines.append(f"  {name}/{edit}: did not act")
                 continue
-            layers = ranges([tally.layer for tally in acted])
+            layers = [tally.layer for tally in acted if tally.layer != NO_LAYER]
             backends = ", ".join(sorted(set().union(*(tally.backends for tally in acted))))
             path = f"{path} ({backends})" if backends else path
-            line = f"  {name}/{edit}: layers {layers}; {path}; prefills {acted[0].prefill}"
+            where = f"layers {ranges(layers)}; {path}" if layers else path
+            line = f"  {name}/{edit}: {where}; prefills {acted[0].prefill}"
             line += f", decode steps {acted[0].decode}"
             heads = [count for tally in acted if (count := _heads(tally)) is not None]
             if heads:

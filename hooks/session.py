@@ -46,9 +46,8 @@ class Session:
     memory: dict[Any, Any] = field(default_factory=dict)
     hidden: dict[tuple[str, int], dict[int, Tensor]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
-    inputs: dict[str, Any] | None = (
-        None  # the model's own arguments at the prompt, kept for branches with a view
-    )
+    given: dict[str, Tensor] = field(default_factory=dict)  # what `generate` was called with
+    inputs: dict[str, Any] | None = None  # the model's own arguments at the prompt, for branches with a view
     tower: dict[int, Tensor] = field(default_factory=dict)
     _step: dict[Any, Any] = field(default_factory=dict)
 
