@@ -80,7 +80,7 @@ def join(
     if embeds is None:
         embeds = decoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
     others = [name for name, value in kwargs.items() if name not in _STACKED and isinstance(value, Tensor)]
-    plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+    plain = mask is None or isinstance(mask, Tensor)
     if others or not plain or embeds.shape[1] != 1 or kwargs.get("output_attentions"):
         return None
     batch = embeds.shape[0]
@@ -89,8 +89,10 @@ def join(
         positions = torch.full((batch, 1), session.seen, device=embeds.device)
     positions = positions.expand(*positions.shape[:-2], batch, 1)
     own = [stream.next_positions(positions) for stream in streams]
-    padded = mask is not None and session._once("padded", lambda: not bool(mask.all()))
-    visible = mask[:, None, None].bool() if mask is not None and padded else None
+    visible = mask  # of four axes: made by the model itself
+    if mask is not None and mask.ndim == 2:
+        padded = session._once("padded", lambda: not bool(mask.all()))
+        visible = mask[:, None, None].bool() if padded else None
     joint = Joint(
         Caches([kwargs["past_key_values"], *(stream.cache for stream in streams)]),
         [visible, *(stream.visible() for stream in streams)],
