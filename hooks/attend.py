@@ -20,7 +20,7 @@ from .plan import Entry, LayerPlan, recomputing
 from .session import SESSION, Call, Session
 
 if TYPE_CHECKING:
-    from .edits import HeadGain
+    from .edits import Bias, HeadGain, Mask
     from .engine import Engine
     from .joint import Joint
 
@@ -115,14 +115,24 @@ def _together(
 def _edited(
     plan: LayerPlan, call: Call, module: nn.Module, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
-    if plan.bias:
-        mask = _biased(plan, call, mask, _is_causal(module, call, mask, kwargs))
+    call.scale = kwargs.get("scaling") or call.query.shape[-1] ** -0.5
+    if plan.masks and call.prefill:
+        mask = _allowed(plan.masks, call, mask, _is_causal(module, call, mask, kwargs))
+    everywhere = [entry for entry in plan.bias if entry.edit.rows == "all"]
+    newest = [entry for entry in plan.bias if entry.edit.rows == "last"]
+    if everywhere:
+        mask = _biased(everywhere, call, mask, _is_causal(module, call, mask, kwargs))
+    first = newest_from(call) if newest else None
+    if newest and (first is None or first == 0 or plan.policies):
+        mask = _biased(newest, call, mask, _is_causal(module, call, mask, kwargs), _newest_rows(call))
     out = None
     if plan.policies:
         causal = _is_causal(module, call, mask, kwargs)
         out = reweighted(plan.policies, Forward(call, module, value, mask, causal, kwargs))
     if out is None:
         out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
+        if newest and first:
+            out = torch.cat([out[:, :first], _tail(newest, first, call, module, value, mask, kwargs)], 1)
     for entry in plan.gains:
         gain = _gain(entry, call, out)
         if gain is not None:
@@ -142,10 +152,70 @@ def _causal(call: Call) -> Tensor:
     return torch.ones(rows, keys, dtype=torch.bool, device=call.query.device).tril()
 
 
-def _biased(plan: LayerPlan, call: Call, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """The mask with every bias added to it, in the query's dtype."""
+def newest_from(call: Call) -> int | None:
+    """The first of the newest rows of this forward, the last prompt row or later; None where samples differ."""
+    session = call.session
+    return None if session.newest is not None else max(0, session.prompt - 1 - session.seen)
+
+
+def _newest_rows(call: Call) -> Tensor | None:
+    """The newest rows, (B|1, 1, Q, 1) bool; None when all are."""
+    first, count, device = newest_from(call), call.query.shape[2], call.query.device
+    rows = torch.arange(count, device=device)
+    if first is not None:
+        return None if first == 0 else (rows >= first)[None, None, :, None]
+    session = call.session
+    assert session.newest is not None
+    return ((rows == session.newest.to(device)[:, None]) | (rows >= session.prompt))[:, None, :, None]
+
+
+def _tail(
+    entries: list[Entry[Bias]],
+    first: int,
+    call: Call,
+    module: nn.Module,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """The rows from `first` on with their biases, (B, R, H, D)."""
+    causal = _is_causal(module, call, mask, kwargs)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask[:, :, first:]
+    last = Call(call.session, call.layer, call.cross, call.query[:, :, first:], call.key)
+    last.scale, last.first = call.scale, first
+    if causal and last.query.shape[2] > 1:
+        mask = _causal(call)[None, None, first:]
+    biased = _biased(entries, last, mask, False)
+    return sdpa_attention_forward(module, last.query, last.key, value, biased, **kwargs)[0]
+
+
+def _allowed(entries: list[Entry[Mask]], call: Call, mask: Tensor | None, causal: bool) -> Tensor | None:
+    """The mask with the pairs of row and key that edits let through. Padding stays hidden."""
+    if mask is None:
+        if not causal:
+            return None  # every row sees every key
+        mask = _causal(call)[None, None]
+    for entry in entries:
+        call.owner = entry.owner
+        allow = entry.edit.allow(call)
+        if allow is None:
+            continue
+        padding = call.session.padding
+        if padding is not None:
+            hidden = call.session.over_keys(padding.to(allow.device), call.key.shape[2])
+            allow = allow & ~hidden[:, None, None, :]
+        entry.tally.count(call.prefill, call.query.shape[2])
+        mask = mask | allow if mask.dtype == torch.bool else mask.masked_fill(allow, 0.0)
+    return mask
+
+
+def _biased(
+    entries: list[Entry[Bias]], call: Call, mask: Tensor | None, causal: bool, rows: Tensor | None = None
+) -> Tensor | None:
+    """The mask with every bias added to it in the given rows, in the query's dtype."""
     total: Tensor | None = None
-    for entry in plan.bias:
+    for entry in entries:
         call.owner = entry.owner
         bias = entry.edit.bias(call)
         if bias is None:
@@ -154,7 +224,9 @@ def _biased(plan: LayerPlan, call: Call, mask: Tensor | None, causal: bool) -> T
             chosen = torch.zeros(call.query.shape[1], dtype=torch.bool, device=bias.device)
             chosen[list(entry.edit.heads)] = True
             bias = torch.where(chosen[None, :, None, None], bias, 0.0)
-        entry.tally.count(call.prefill, call.query.shape[2])
+        if rows is not None:
+            bias = torch.where(rows, bias, 0.0)
+        entry.tally.count(call.prefill, call.query.shape[2] if rows is None else int(rows[0].sum()))
         total = bias if total is None else total + bias
     if total is None:
         return mask
@@ -166,8 +238,7 @@ def _biased(plan: LayerPlan, call: Call, mask: Tensor | None, causal: bool) -> T
         total = total.clamp_min(lowest).masked_fill(~mask, lowest)
     elif mask is not None:
         total = total + mask
-    rows, keys = call.query.shape[2], call.key.shape[2]
-    return total.expand(total.shape[0], total.shape[1], rows, keys)
+    return total.expand(total.shape[0], total.shape[1], call.query.shape[2], call.key.shape[2])
 
 
 def _gain(entry: Entry[HeadGain], call: Call, out: Tensor) -> Tensor | None:

@@ -45,6 +45,8 @@ class Stream:
         order = self._order(session, embeds)
         self._start(decoder, session)
         own = torch.take_along_dim(embeds, order.clamp_min(0)[:, :, None], 1)
+        if self.branch.embeds is not None:
+            own = self.branch.embeds(own, order, session)
         positions = self._positions(session, kwargs.get("position_ids"))
         mask = self._mask(kwargs.get("attention_mask"), order.clamp_min(0))
         self._run(decoder, own, positions, mask)

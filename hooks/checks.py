@@ -9,7 +9,7 @@ from torch import nn
 from .anatomy import Anatomy
 from .attend import NAME
 from .errors import CannotEdit
-from .plan import Plan
+from .plan import Entry, Plan
 
 NOT_ROUTED = (
     "{} at {} cannot take our attention function: "
@@ -66,11 +66,47 @@ def check_together(plan: Plan, model: nn.Module) -> None:
     if len(plan.exits) > 1:
         names = " and ".join(entry.tally.intervention for entry in plan.exits)
         raise CannotEdit(f"{names} both let tokens leave the decoder: use one of them")
+    if plan.exits:
+        _check_exit(plan)
     if len(plan.decodings) > 1:
         names = " and ".join(name for name, _ in plan.decodings)
         raise CannotEdit(f"{names} both replace generate's decoding loop: use one of them")
+    if plan.decodings:
+        _check_decoding(plan)
     if plan.decodings and plan.following:
         raise CannotEdit(
             f"{plan.decodings[0][0]} looks several tokens ahead, and branch "
             f"{next(b.name for b in plan.branches if b.every_step)!r} follows token by token: use one of them"
+        )
+
+
+def _check_exit(plan: Plan) -> None:
+    """Raise CannotEdit where an edit needs tokens that may have left its layer."""
+    (entry,) = plan.exits
+    name, layers = entry.tally.intervention, entry.edit.layers
+    if not layers or list(layers) != sorted(set(layers)):
+        raise CannotEdit(
+            f"{name} lets tokens leave after layers {layers}: name each once, in ascending order"
+        )
+    for layer in sorted({*plan.layers, *plan.hidden}):
+        at = plan.layers.get(layer)
+        reads: list[Entry[Any]] = list(plan.hidden.get(layer, ()))
+        if at is not None:
+            reads += [*at.masks, *at.bias, *at.policies]
+        if layer > layers[0] and reads:
+            other = reads[0].tally
+            raise CannotEdit(
+                f"{other.intervention} needs every token in layer {layer} ({other.edit}), but {name} lets tokens leave "
+                f"from layer {layers[0]} on: edit layers up to {layers[0]} only, or let tokens leave later"
+            )
+
+
+def _check_decoding(plan: Plan) -> None:
+    """A loop of its own runs several candidates a step: edits of "the newest row" would miss all but one."""
+    last = [entry for layer in plan.layers.values() for entry in (*layer.bias, *layer.policies)]
+    newest = [entry for entry in last if entry.edit.rows == "last"]
+    for entry in (*plan.logits, *plan.exits, *newest):
+        raise CannotEdit(
+            f"{plan.decodings[0][0]} looks ahead along several candidates at once, and {entry.tally.intervention} acts "
+            "on the newest row, or on what the cache holds of the prompt: use one of them"
         )

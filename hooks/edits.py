@@ -29,12 +29,12 @@ class Bias:
     """Add `bias(call)` to the scores. Still one scaled-dot-product call.
 
     Multiplying probs by g and renormalising is the same as adding log g; -inf drops a key. A bias may
-    depend on the scores themselves, `call.scores(first)`.
+    depend on the scores themselves, `call.scores()`.
 
     Args:
         layers: decoder blocks to edit.
-        bias: returns (B|1, H|1, Q|1, K), or None to leave this forward alone. With rows "last" it is asked
-            for the newest row of each sample only: Q is 1.
+        bias: returns (B|1, H|1, Q|1, K), or None to leave this forward alone. With rows "last" Q is the newest
+            rows only, where all samples have the same ones (no padding on the right).
         heads: query heads to edit; None means all.
         rows: "all", or "last": the last row of the prompt and every generated one.
         needs_image: raise when no prompt of the batch has an image.
@@ -175,6 +175,8 @@ class Branch:
         view: (the model's keyword arguments at the prompt, session) -> the changed ones, for instance with
             other `pixel_values`, or with other `input_ids` and `attention_mask` (padded on the left).
         tower: (what the vision tower returns, session) -> what the stream gets in its place; with `view`.
+        embeds: (embeddings (B, T, C), the prompt token that each is (B, T), -1 on padding, session) -> what the
+            stream reads in their place; with `keep`.
     """
 
     name: str
@@ -183,12 +185,15 @@ class Branch:
     every_step: bool = False
     view: Callable[[dict[str, Any], Session], dict[str, Any]] | None = None
     tower: Callable[[Any, Session], Any] | None = None
+    embeds: Callable[[Tensor, Tensor, Session], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if (self.keep is None) == (self.view is None):
             raise ValueError(f"branch {self.name!r} needs either `keep` or `view`, to know what it reads")
         if self.tower is not None and self.view is None:
             raise ValueError(f"branch {self.name!r} edits the vision tower's output, so it needs a `view`")
+        if self.embeds is not None and self.keep is None:
+            raise ValueError(f"branch {self.name!r} edits the embeddings of tokens, so it needs a `keep`")
 
 
 @dataclass(frozen=True)

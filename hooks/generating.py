@@ -62,5 +62,5 @@ def watched_generate(engine: Engine, own: Callable[..., Any] | None) -> Callable
 def _config(model: Any, given: dict[str, Any]) -> Any:
     """The generation config as this call makes it."""
     config = copy.deepcopy(given.get("generation_config") or model.generation_config)
-    config.update(**given)
+    config.update(**{name: value for name, value in given.items() if name != "self"})
     return config

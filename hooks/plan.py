@@ -214,7 +214,7 @@ def _add_branch(branches: list[Branch], new: Branch) -> None:
     for number, old in enumerate(branches):
         if old == new:
             return
-        if (old.name, old.keep, old.view, old.tower) == (new.name, new.keep, new.view, new.tower):
+        if replace(old, layers=(), every_step=True) == replace(new, layers=(), every_step=True):
             layers = tuple(sorted({*old.layers, *new.layers}))
             branches[number] = replace(old, layers=layers, every_step=old.every_step or new.every_step)
             return
@@ -226,6 +226,8 @@ def _add_branch(branches: list[Branch], new: Branch) -> None:
 
 
 def _needs_image(edit: Edit) -> bool:
+    if isinstance(edit, Exit):
+        return edit.tokens is None
     return isinstance(edit, Bias | Mask | MassPolicy | HeadGain | Logits) and edit.needs_image
 
 

@@ -172,16 +172,18 @@ class Call:
     """What an edit's function sees of one attention layer in one forward.
 
     `query` (B, H, Q, D) and `key` (B, H_kv, K, D) are after rotary embedding; `output` (B, Q, H, D) is
-    set for `HeadGain` only.
+    set for `HeadGain` only. A `Bias` of the newest rows gets these rows only: Q counts from row `first`.
     """
 
-    __slots__ = ("cross", "key", "layer", "output", "owner", "query", "session")
+    __slots__ = ("cross", "first", "key", "layer", "output", "owner", "query", "scale", "session")
 
     def __init__(self, session: Session, layer: int, cross: bool, query: Tensor, key: Tensor) -> None:
         self.session, self.layer, self.cross = session, layer, cross
         self.query, self.key = query, key
         self.output: Tensor | None = None
         self.owner = 0  # the contribution whose edit is asked
+        self.first = 0
+        self.scale = query.shape[-1] ** -0.5
 
     @property
     def prefill(self) -> bool:
@@ -201,9 +203,17 @@ class Call:
     @property
     def positions(self) -> Tensor:
         """Absolute position of each query row, (Q,)."""
-        return torch.arange(
-            self.session.seen, self.session.seen + self.query.shape[2], device=self.query.device
-        )
+        start = self.session.seen + self.first
+        return torch.arange(start, start + self.query.shape[2], device=self.query.device)
+
+    def scores(self) -> Tensor:
+        """Scores of the rows and keys at hand before any mask, (B, H, Q, K), in fp32 or wider."""
+        batch, heads, rows, width = self.query.shape
+        shared = self.key.shape[1]
+        query = self.query.reshape(batch, shared, heads // shared * rows, width)
+        scores = query @ self.key.transpose(-1, -2)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return scores.reshape(batch, heads, rows, -1).to(wide) * self.scale
 
     @property
     def has_image(self) -> Tensor:

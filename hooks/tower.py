@@ -70,9 +70,7 @@ def install(engine: Engine) -> list[Any]:
         for handle in handles:
             handle.remove()
         raise
-    handles.append(
-        engine.model.register_forward_pre_hook(functools.partial(_note, engine), with_kwargs=True)
-    )
+    handles.append(engine.model.register_forward_pre_hook(functools.partial(_note, engine), with_kwargs=True))
     return handles
 
 
@@ -102,12 +100,12 @@ def _watch_layer(engine: Engine, layer: int, attention: Any) -> list[Any]:
         parts = {
             name: getattr(attention, f"{name}_proj") if part is None else part for name, part in parts.items()
         }
-    halves: dict[str, Tensor] = {}
 
     def keep(name: str, module: nn.Module, args: Any, out: Tensor) -> None:
         session = engine.session
         if session is None or engine.stream is not None:
             return
+        halves: dict[str, Tensor] = session.memory.setdefault(f"tower halves {layer}", {})
         if name == "fused":
             halves["q"], halves["k"] = out.chunk(3, -1)[:2]
         else:
@@ -136,8 +134,14 @@ def _after_tower(engine: Engine, module: nn.Module, args: Any, output: Any) -> A
 
 def _note(engine: Engine, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Remember the sizes of the images: with tiles, they tell which tokens are whose."""
-    session, sizes = engine.session, kwargs.get("image_sizes")
-    if session is None or engine.stream is not None or sizes is None:
+    session = engine.session
+    if session is None or engine.stream is not None:
+        return
+    sizes = kwargs.get("image_sizes")
+    sizes = (
+        (session.given or {}).get("image_sizes") if sizes is None else sizes
+    )  # generate may encode images first
+    if sizes is None or _LENGTHS in session.memory:
         return
     if model.config.model_type == "llava_next":  # type: ignore[union-attr]
         session.memory[_LENGTHS] = _tiles_and_tokens(model.config, torch.as_tensor(sizes))
@@ -202,7 +206,8 @@ def patches_of(session: Session, scores: Tensor, who: str) -> Patches:
     Raises:
         CannotEdit: the image tokens are not one per patch of the tower.
     """
-    return session._once(("patches", scores.shape), lambda: _find(session, scores, who))
+    found: Patches = session._once(f"patches {tuple(scores.shape)}", lambda: _find(session, scores, who))
+    return found
 
 
 def _find(session: Session, scores: Tensor, who: str) -> Patches:
@@ -213,7 +218,9 @@ def _find(session: Session, scores: Tensor, who: str) -> Patches:
             f"{who} needs one image token per patch, but the tower gave {scores.shape[0]} x {patches} patches "
             f"for {int(image.sum())} image tokens"
         )
-    rows, lengths, skipped = (torch.tensor(part, device=image.device) for part in spans)
+    *listed, skipped, times = spans
+    image = image[::times]
+    rows, lengths = (torch.tensor(part, device=image.device) for part in listed)
     ends = lengths.cumsum(0)
     order = (image.flatten().cumsum(0) - 1).view_as(image).clamp_min(0)  # features fill image tokens in order
     number = torch.searchsorted(ends, order, right=True)
@@ -221,27 +228,34 @@ def _find(session: Session, scores: Tensor, who: str) -> Patches:
     patch = within - skipped
     real = image & (patch >= 0) & (patch < patches)
     positions = torch.arange(image.shape[1], device=image.device)
-    return Patches(
+    found = (
         torch.where(real, rows[number], -1),
         torch.where(real, patch, -1),
         torch.where(image, positions - within, -1),
         image & (within == lengths[number] - 1) & bool(_LENGTHS in session.memory),
     )
+    return Patches(*(part.repeat_interleave(times, 0) for part in found))
 
 
 def _spans(
     session: Session, count: int, total: int, patches: int
-) -> tuple[list[int], list[int], int] | None:
-    """Of each image its row in the tower and its number of tokens; and whether the first of them is CLS."""
+) -> tuple[list[int], list[int], int, int] | None:
+    """Of each image its row in the tower and its number of tokens; whether CLS is the first of them; beams.
+
+    Beams that were expanded after the tower ran repeat each prompt.
+    """
     tiles: list[tuple[int, int]] | None = session.memory.get(_LENGTHS)
     if tiles is None:
-        each, left = divmod(total, max(1, count))
+        times = 1 if total < count * (patches + 2) else total // (count * patches)
+        each, left = divmod(total, max(1, count * times))
         if left or each not in (patches, patches + 1):
             return None
-        return list(range(count)), [each] * count, each - patches
+        return list(range(count)), [each] * count, each - patches, times
+    tiles = tiles[:: max(1, sum(crops for crops, _ in tiles) // count)]
     rows, row = [], 0
     for crops, _ in tiles:
         rows.append(row)
         row += crops
     lengths = [length for _, length in tiles]
-    return (rows, lengths, 0) if (row, sum(lengths)) == (count, total) else None
+    times, left = divmod(total, sum(lengths))
+    return None if left or row != count else (rows, lengths, 0, times)

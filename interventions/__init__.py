@@ -1,17 +1,40 @@
 """Published methods, one paper a file."""
 
+from .agla import AGLA
+from .damro import DAMRO
 from .divergence import Divergence, divergence
+from .dyvte import DyVTE
+from .m3id import M3ID
+from .matching import AttentionMatcher, BlipMatcher
 from .none import Null
+from .opera import OPERA
+from .pai import PAI
+from .paint import PAINT
+from .plausible import Plausible
 from .recipes import Recipe, apply, recipe, recipes, unwrap, wrap
+from .sink_removal import DropSinks
 from .sinks import SinkDimensions, sink_dimensions
 from .var import VAR
+from .vcd import VCD
 from .vhr import VHR
 
 __all__ = [
+    "AGLA",
+    "DAMRO",
+    "M3ID",
+    "OPERA",
+    "PAI",
+    "PAINT",
     "VAR",
+    "VCD",
     "VHR",
+    "AttentionMatcher",
+    "BlipMatcher",
     "Divergence",
+    "DropSinks",
+    "DyVTE",
     "Null",
+    "Plausible",
     "Recipe",
     "SinkDimensions",
     "apply",

@@ -14,12 +14,36 @@ from ..hooks.anatomy import anatomy, base_of
 from ..hooks.edits import Edit
 from ..hooks.errors import UnknownName
 from ..hooks.run import Intervention, Run
+from .agla import AGLA
+from .damro import DAMRO
+from .dyvte import DyVTE
+from .m3id import M3ID
 from .method import Method
 from .none import Null
+from .opera import OPERA
+from .pai import PAI
+from .paint import PAINT
+from .plausible import Plausible
+from .sink_removal import DropSinks
 from .var import VAR
+from .vcd import VCD
 from .vhr import VHR
 
-METHODS: tuple[type[Method], ...] = (Null, VHR, VAR)
+METHODS: tuple[type[Method], ...] = (
+    Null,
+    VHR,
+    VAR,
+    DAMRO,
+    PAINT,
+    DyVTE,
+    Plausible,
+    VCD,
+    M3ID,
+    PAI,
+    DropSinks,
+    OPERA,
+    AGLA,
+)
 T = TypeVar("T")
 
 

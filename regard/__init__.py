@@ -20,6 +20,15 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "sink_dimensions": "interventions",
     "VHR": "interventions",
     "VAR": "interventions",
+    "DyVTE": "interventions",
+    "DAMRO": "interventions",
+    "PAINT": "interventions",
+    "Plausible": "interventions",
+    "VCD": "interventions",
+    "M3ID": "interventions",
+    "PAI": "interventions",
+    "DropSinks": "interventions",
+    "OPERA": "interventions",
     "Null": "interventions",
     "Bias": "hooks.edits",
     "MassPolicy": "hooks.edits",
@@ -71,9 +80,18 @@ if TYPE_CHECKING:
     from .hooks.errors import RegardError as RegardError
     from .hooks.errors import UnknownName as UnknownName
     from .hooks.run import Run as Run
+    from .interventions import DAMRO as DAMRO
+    from .interventions import M3ID as M3ID
+    from .interventions import OPERA as OPERA
+    from .interventions import PAI as PAI
+    from .interventions import PAINT as PAINT
     from .interventions import VAR as VAR
+    from .interventions import VCD as VCD
     from .interventions import VHR as VHR
+    from .interventions import DropSinks as DropSinks
+    from .interventions import DyVTE as DyVTE
     from .interventions import Null as Null
+    from .interventions import Plausible as Plausible
     from .interventions import apply as apply
     from .interventions import divergence as divergence
     from .interventions import recipe as recipe
