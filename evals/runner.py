@@ -97,7 +97,7 @@ def evaluate(
     benchmarks = [benchmark] if isinstance(benchmark, str) else list(dict.fromkeys(benchmark))
     words = check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
     _check_model(model, batch_size)
-    settings = make_settings(recipes, model)
+    settings = make_settings(recipes, model, processor)
     protocol = _Protocol(
         prompts={"pope": f"{{question}}{question_suffix}", "chair": caption_prompt},
         template=template,

@@ -40,6 +40,14 @@ class Setting:
             if not isinstance(part, str)
         ]
 
+    def with_processor(self, processor: Any) -> "Setting":
+        """With what its methods need of the processor."""
+        parts = tuple(
+            part.with_processor(processor) if hasattr(part, "with_processor") else part
+            for part in self.interventions
+        )
+        return dataclasses.replace(self, interventions=parts)
+
     def attach(self, model: Any) -> AbstractContextManager[Any]:
         """The engine on this model, with this setting. The baseline is the engine with a null edit."""
         from ..interventions import apply
@@ -47,8 +55,12 @@ class Setting:
         return apply(model, *self.interventions)
 
 
-def make_settings(recipes: Sequence[Recipe] | Mapping[str, Recipe] | str, model: Any) -> list[Setting]:
+def make_settings(
+    recipes: Sequence[Recipe] | Mapping[str, Recipe] | str, model: Any, processor: Any = None
+) -> list[Setting]:
     """Resolve recipes; the baseline "none" comes first whether or not it is listed.
+
+    Methods that need something of the processor take it here.
 
     A recipe is a name ("vhr"), a name with settings ("var:transfer=0.3:rho=0.6"), several that act together
     ("vhr+var"), an intervention object, or a list of these. A mapping gives labels of one's own.
@@ -65,6 +77,8 @@ def make_settings(recipes: Sequence[Recipe] | Mapping[str, Recipe] | str, model:
     else:
         settings = [_setting(recipe, model) for recipe in recipes]
     settings = [setting for setting in settings if not setting.is_baseline]
+    if processor is not None:
+        settings = [setting.with_processor(processor) for setting in settings]
     settings.insert(0, Setting(BASELINE, (BASELINE,)))
     files: dict[str, str] = {}
     for setting in settings:

@@ -103,9 +103,11 @@ def _check_exit(plan: Plan) -> None:
 
 def _check_decoding(plan: Plan) -> None:
     """A loop of its own runs several candidates a step: edits of "the newest row" would miss all but one."""
-    last = [entry for layer in plan.layers.values() for entry in (*layer.bias, *layer.policies)]
-    newest = [entry for entry in last if entry.edit.rows == "last"]
-    for entry in (*plan.logits, *plan.exits, *newest):
+    at_last: list[Entry[Any]] = [*plan.logits, *plan.exits]
+    for layer in plan.layers.values():
+        at_last += [entry for entry in layer.bias if entry.edit.rows == "last"]
+        at_last += [entry for entry in layer.policies if entry.edit.rows == "last"]
+    for entry in at_last:
         raise CannotEdit(
             f"{plan.decodings[0][0]} looks ahead along several candidates at once, and {entry.tally.intervention} acts "
             "on the newest row, or on what the cache holds of the prompt: use one of them"

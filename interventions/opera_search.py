@@ -356,7 +356,8 @@ class Search:
         sequences = state.done[0, :some, : self.prompt + length]
         if not self.config.return_dict_in_generate:
             return sequences
-        return GenerateBeamDecoderOnlyOutput(
+        output: Any = GenerateBeamDecoderOnlyOutput  # annotated with legacy tensor types
+        return output(
             sequences=sequences,
             sequences_scores=state.done_scores[0, :some],
             beam_indices=parents[:, :length],

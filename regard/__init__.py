@@ -29,6 +29,9 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "PAI": "interventions",
     "DropSinks": "interventions",
     "OPERA": "interventions",
+    "AGLA": "interventions",
+    "AttentionMatcher": "interventions",
+    "BlipMatcher": "interventions",
     "Null": "interventions",
     "Bias": "hooks.edits",
     "MassPolicy": "hooks.edits",
@@ -80,6 +83,7 @@ if TYPE_CHECKING:
     from .hooks.errors import RegardError as RegardError
     from .hooks.errors import UnknownName as UnknownName
     from .hooks.run import Run as Run
+    from .interventions import AGLA as AGLA
     from .interventions import DAMRO as DAMRO
     from .interventions import M3ID as M3ID
     from .interventions import OPERA as OPERA
@@ -88,6 +92,8 @@ if TYPE_CHECKING:
     from .interventions import VAR as VAR
     from .interventions import VCD as VCD
     from .interventions import VHR as VHR
+    from .interventions import AttentionMatcher as AttentionMatcher
+    from .interventions import BlipMatcher as BlipMatcher
     from .interventions import DropSinks as DropSinks
     from .interventions import DyVTE as DyVTE
     from .interventions import Null as Null

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,7 +162,8 @@ def test_penalties_equal_whole_forwards_in_float64(name: str, variant: Any) -> N
     found, value = fast(family, inputs, opera, 6)
     assert found == tokens
     assert value == pytest.approx(score, abs=1e-5)
-    assert min(slow.penalties) < -0.05 and max(slow.penalties) > 0.3
+    assert min(slow.penalties) < -0.05
+    assert max(slow.penalties) > 0.3
     _, unpenalised = fast(family, inputs, replace(PLAIN, candidates=3), 6)
     assert abs(unpenalised - value) > 1e-2
 
@@ -388,7 +390,7 @@ def test_edits_of_all_rows_act_in_it_as_in_stock_beam_search() -> None:
 def test_a_place_is_returned_to_once_per_candidate_then_the_one_before() -> None:
     search = Search.__new__(Search)
     search.opera, search.noted, search.returns = OPERA(candidates=2, threshold=2, warmup=3), [], {}
-    search.states = search.chosen = dict.fromkeys(range(9), [])  # type: ignore[assignment]
+    search.states = search.chosen = {step: [] for step in range(9)}  # type: ignore[assignment]
     for step in range(3):
         assert search._place_to_return_to([[2, 2, 4], [2, 2, 4]], step) is None  # columns before the warmup
     found = [search._place_to_return_to([[4, 4, 5], [6, 4, 4]], 8) for _ in range(8)]
@@ -396,6 +398,20 @@ def test_a_place_is_returned_to_once_per_candidate_then_the_one_before() -> None
     search.returns.clear()
     assert search._place_to_return_to([[4, 4], [4, 4]], 5) is None  # nothing was chosen there yet
     assert search._place_to_return_to([[4, 4], [7, 7]], 8) == 5  # the beams' history counts, and ties go low
+
+
+def test_a_return_forgets_what_came_later_and_forbids_what_was_chosen_there() -> None:
+    search: Any = Search.__new__(Search)
+    search.cache, search.cached, search.first = SimpleNamespace(layers=[]), 0, torch.zeros(2, 4)
+    search.noted = [[step] for step in range(6)]
+    search.states = {step: f"state {step}" for step in range(5)}
+    search.chosen = {step: [(0, 10 + step), (1, 20 + step)] for step in range(5)}
+    search.forbidden = {0: [(1, 3)], 4: [(0, 5)]}
+    state, logits = search._go_back(0)
+    assert (state, logits is search.first) == ("state 0", True)
+    assert search.noted == [[0]]  # of the step that is chosen anew the column stays noted
+    assert search.forbidden == {0: [(1, 3), (0, 10), (1, 20)]}
+    assert search.chosen == search.states == {}
 
 
 @pytest.mark.parametrize(
