@@ -6,6 +6,7 @@ from .divergence import Divergence, divergence
 from .dyvte import DyVTE
 from .m3id import M3ID
 from .matching import AttentionMatcher, BlipMatcher
+from .mma import MMA
 from .none import Null
 from .opera import OPERA
 from .pai import PAI
@@ -22,6 +23,7 @@ __all__ = [
     "AGLA",
     "DAMRO",
     "M3ID",
+    "MMA",
     "OPERA",
     "PAI",
     "PAINT",

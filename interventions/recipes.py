@@ -19,6 +19,7 @@ from .damro import DAMRO
 from .dyvte import DyVTE
 from .m3id import M3ID
 from .method import Method
+from .mma import MMA
 from .none import Null
 from .opera import OPERA
 from .pai import PAI
@@ -43,6 +44,7 @@ METHODS: tuple[type[Method], ...] = (
     DropSinks,
     OPERA,
     AGLA,
+    MMA,
 )
 T = TypeVar("T")
 

@@ -32,6 +32,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "AGLA": "interventions",
     "AttentionMatcher": "interventions",
     "BlipMatcher": "interventions",
+    "MMA": "interventions",
     "Null": "interventions",
     "Bias": "hooks.edits",
     "MassPolicy": "hooks.edits",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from .interventions import AGLA as AGLA
     from .interventions import DAMRO as DAMRO
     from .interventions import M3ID as M3ID
+    from .interventions import MMA as MMA
     from .interventions import OPERA as OPERA
     from .interventions import PAI as PAI
     from .interventions import PAINT as PAINT

@@ -25,7 +25,7 @@ OURS: dict[str, Any] = {  # settings under which a recipe acts on a model of thr
     "m3id": {"alpha": 1.0, "decay": 0.5},
     "pai": {"layers": (0, 1, 2)},
 }
-NEED_MORE = {"agla", "icd", "mma"}  # they ask for a processor, which the tiny models do not have
+NEED_MORE = {"agla"}  # asks for a processor and a matcher, which the tiny models do not have
 CLASSES = {"drop_sinks": "DropSinks", "plausible": "Plausible", "dyvte": "DyVTE"}
 
 
@@ -95,7 +95,7 @@ def page() -> str:
         "",
         "Not walked here: "
         + ", ".join(f"`{name}`" for name in sorted(NEED_MORE))
-        + ", which need a processor.",
+        + ", which needs a processor.",
         "",
     ]
     return "\n".join(lines)
