@@ -123,6 +123,8 @@ def _edited(
     if everywhere:
         mask = _biased(everywhere, call, mask, _is_causal(module, call, mask, kwargs))
     first = newest_from(call) if newest else None
+    if first is not None and first >= call.query.shape[2]:
+        newest = []  # a chunk of the prompt that ends before its last row
     if newest and (first is None or first == 0 or plan.policies):
         mask = _biased(newest, call, mask, _is_causal(module, call, mask, kwargs), _newest_rows(call))
     out = None
@@ -133,6 +135,8 @@ def _edited(
         out, _ = sdpa_attention_forward(module, call.query, call.key, value, mask, **kwargs)
         if newest and first:
             out = torch.cat([out[:, :first], _tail(newest, first, call, module, value, mask, kwargs)], 1)
+    if plan.gains:
+        call.mask, call.causal = mask, _is_causal(module, call, mask, kwargs)
     for entry in plan.gains:
         gain = _gain(entry, call, out)
         if gain is not None:

@@ -29,5 +29,9 @@ class NoImageTokens(RegardError, ValueError):
     """The prompt holds no image token, but an edit needs to know where the image is."""
 
 
+class NoObjectWords(RegardError, ValueError):
+    """None of the words that maps were asked for is in the text."""
+
+
 class OutOfRange(RegardError, IndexError):
     """A layer or head that the model does not have."""

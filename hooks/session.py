@@ -172,15 +172,21 @@ class Call:
     """What an edit's function sees of one attention layer in one forward.
 
     `query` (B, H, Q, D) and `key` (B, H_kv, K, D) are after rotary embedding; `output` (B, Q, H, D) is
-    set for `HeadGain` only. A `Bias` of the newest rows gets these rows only: Q counts from row `first`.
+    set for `HeadGain` only, and so are `mask`, what hides keys after the edits before it (bool or added; None is
+    no mask), and `causal`, whether row i sees the keys up to i without one. A `Bias` of the newest rows gets
+    these rows only: Q counts from row `first`.
     """
 
-    __slots__ = ("cross", "first", "key", "layer", "output", "owner", "query", "scale", "session")
+    __slots__ = (
+        *("causal", "cross", "first", "key", "layer", "mask", "output", "owner", "query", "scale", "session"),
+    )
 
     def __init__(self, session: Session, layer: int, cross: bool, query: Tensor, key: Tensor) -> None:
         self.session, self.layer, self.cross = session, layer, cross
         self.query, self.key = query, key
         self.output: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.causal = False
         self.owner = 0  # the contribution whose edit is asked
         self.first = 0
         self.scale = query.shape[-1] ** -0.5

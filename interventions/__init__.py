@@ -18,6 +18,7 @@ from .sinks import SinkDimensions, sink_dimensions
 from .var import VAR
 from .vcd import VCD
 from .vhr import VHR
+from .vlsam import ObjectMap, ObjectMaps, object_maps
 
 __all__ = [
     "AGLA",
@@ -36,11 +37,14 @@ __all__ = [
     "DropSinks",
     "DyVTE",
     "Null",
+    "ObjectMap",
+    "ObjectMaps",
     "Plausible",
     "Recipe",
     "SinkDimensions",
     "apply",
     "divergence",
+    "object_maps",
     "recipe",
     "recipes",
     "sink_dimensions",

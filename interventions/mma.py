@@ -93,7 +93,8 @@ class MMA(Method):
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """One mask for all layers that attend to text positions."""
-        return (Mask(self.layers or anatomy.self_layers, self.allow),)
+        layers = anatomy.self_layers if self.layers is None else self.layers
+        return (Mask(layers, self.allow),)
 
     def allow(self, call: Call) -> Tensor:
         """Pairs that are visible besides the model's own, (B, 1, Q, K) bool."""

@@ -17,6 +17,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "recipe": "interventions",
     "recipes": "interventions",
     "divergence": "interventions",
+    "object_maps": "interventions",
     "sink_dimensions": "interventions",
     "VHR": "interventions",
     "VAR": "interventions",
@@ -55,6 +56,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "RegardError": "hooks.errors",
     "CannotEdit": "hooks.errors",
     "NoImageTokens": "hooks.errors",
+    "NoObjectWords": "hooks.errors",
     "OutOfRange": "hooks.errors",
     "UnknownName": "hooks.errors",
     "load_miniature": "evals.miniature",
@@ -80,6 +82,7 @@ if TYPE_CHECKING:
     from .hooks.edits import Tower as Tower
     from .hooks.errors import CannotEdit as CannotEdit
     from .hooks.errors import NoImageTokens as NoImageTokens
+    from .hooks.errors import NoObjectWords as NoObjectWords
     from .hooks.errors import OutOfRange as OutOfRange
     from .hooks.errors import RegardError as RegardError
     from .hooks.errors import UnknownName as UnknownName
@@ -102,6 +105,7 @@ if TYPE_CHECKING:
     from .interventions import Plausible as Plausible
     from .interventions import apply as apply
     from .interventions import divergence as divergence
+    from .interventions import object_maps as object_maps
     from .interventions import recipe as recipe
     from .interventions import recipes as recipes
     from .interventions import sink_dimensions as sink_dimensions
