@@ -118,9 +118,7 @@ class Stream:
         if "input_ids" in own:
             changed["position_ids"] = None
         if "mm_encoder_outputs" in changed:  # generate has encoded the image already
-            again = self.branch.tower is not None or any(
-                "input_ids" not in name or name[0] == "q" for name in own
-            )
+            again = self.branch.tower is not None or any(name not in _ALONG_ROWS for name in own)
             spare = "mm_encoder_outputs" if again else "pixel_values"
             changed.pop(spare, None)
         ids, mask = changed["input_ids"], changed.get("attention_mask")
@@ -171,7 +169,12 @@ class Stream:
         """Positions of the next token, with as many axes as `like`, (B, 1) or (axes, B, 1). Moves on by one."""
         assert self._next is not None
         assert self._valid is not None
-        self._next = self._next.to(like.device) + 1
+        newest = self._next.to(like.device)
+        if (
+            newest.ndim == like.ndim == 3 and len(like) == len(newest) + 1
+        ):  # the model left out the axis of text
+            newest = torch.cat([self._valid.sum(1).to(newest)[None, :, None] - 1, newest])
+        self._next = newest + 1
         fresh = torch.ones(len(self._valid), 1, dtype=torch.bool, device=self._valid.device)
         self._valid = torch.cat([self._valid, fresh], 1)
         return self._next if self._next.ndim == like.ndim else self._next.expand_as(like)

@@ -4,6 +4,7 @@ from .agla import AGLA
 from .damro import DAMRO
 from .divergence import Divergence, divergence
 from .dyvte import DyVTE
+from .icd import ICD
 from .m3id import M3ID
 from .matching import AttentionMatcher, BlipMatcher
 from .mma import MMA
@@ -23,6 +24,7 @@ from .vlsam import ObjectMap, ObjectMaps, object_maps
 __all__ = [
     "AGLA",
     "DAMRO",
+    "ICD",
     "M3ID",
     "MMA",
     "OPERA",

@@ -17,6 +17,7 @@ from ..hooks.run import Intervention, Run
 from .agla import AGLA
 from .damro import DAMRO
 from .dyvte import DyVTE
+from .icd import ICD
 from .m3id import M3ID
 from .method import Method
 from .mma import MMA
@@ -40,6 +41,7 @@ METHODS: tuple[type[Method], ...] = (
     Plausible,
     VCD,
     M3ID,
+    ICD,
     PAI,
     DropSinks,
     OPERA,

@@ -23,6 +23,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "VAR": "interventions",
     "DyVTE": "interventions",
     "DAMRO": "interventions",
+    "ICD": "interventions",
     "PAINT": "interventions",
     "Plausible": "interventions",
     "VCD": "interventions",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .hooks.run import Run as Run
     from .interventions import AGLA as AGLA
     from .interventions import DAMRO as DAMRO
+    from .interventions import ICD as ICD
     from .interventions import M3ID as M3ID
     from .interventions import MMA as MMA
     from .interventions import OPERA as OPERA

@@ -64,6 +64,23 @@ def text_only(family: Family, inputs: Inputs) -> Inputs:
     return {name: inputs[name][:, kept] for name in names if name in inputs}
 
 
+ROLE, QFORMER_ROLE = [17, 33, 90], [41, 12]
+
+
+def disturbed(family: Family, inputs: Inputs) -> Inputs:
+    """One prompt, with the role behind its last image token."""
+    after = int(family.image_tokens(inputs)[0].nonzero().max()) + 1
+    fills = {"input_ids": ROLE, "attention_mask": [1] * 3}
+    fills |= {"token_type_ids": [0] * 3, "mm_token_type_ids": [0] * 3}
+    qformer = {"qformer_input_ids": QFORMER_ROLE, "qformer_attention_mask": [1, 1]}
+    out = dict(inputs)
+    for name, fill in {**fills, **qformer}.items():
+        if name in inputs:
+            row, place = inputs[name][0].tolist(), 1 if name in qformer else after
+            out[name] = torch.tensor([row[:place] + fill + row[place:]])
+    return out
+
+
 def cut(fused: Tensor, logits: Tensor, beta: float) -> Tensor:
     probs = logits.softmax(-1)
     return torch.where(probs >= beta * probs.amax(-1, keepdim=True), fused, -math.inf)
@@ -71,6 +88,10 @@ def cut(fused: Tensor, logits: Tensor, beta: float) -> Tensor:
 
 def vcd(z: Tensor, other: Tensor) -> Tensor:
     return cut(2.5 * z - 1.5 * other, z, 0.05)
+
+
+def icd(z: Tensor, other: Tensor) -> Tensor:
+    return cut(3.0 * z - 2.0 * other, z, 0.05)
 
 
 def m3id(z: Tensor, other: Tensor) -> Tensor:
@@ -88,6 +109,11 @@ def pai(z: Tensor, other: Tensor) -> Tensor:
 Negative = Callable[[Family, Inputs], Inputs]
 METHODS: dict[str, tuple[Any, Negative, Callable[[Tensor, Tensor], Tensor]]] = {
     "vcd": (regard.VCD(alpha=1.5, beta=0.05, noise_step=700, seed=5), noisy_inputs, vcd),
+    "icd": (
+        regard.ICD(alpha=2.0, beta=0.05, role_ids=(17, 33, 90), qformer_ids=(41, 12)),
+        disturbed,
+        icd,
+    ),
     "m3id": (regard.M3ID(decay=0.4, alpha=0.9), text_only, m3id),
     "pai": (regard.PAI(alpha=0.0, gamma=1.8), text_only, pai),
 }

@@ -24,6 +24,7 @@ OURS: dict[str, Any] = {  # settings under which a recipe acts on a model of thr
     "drop_sinks": {**SINKS, "layers": (1, 2)},
     "m3id": {"alpha": 1.0, "decay": 0.5},
     "pai": {"layers": (0, 1, 2)},
+    "icd": {"role_ids": (17, 33, 90)},
 }
 NEED_MORE = {"agla"}  # asks for a processor and a matcher, which the tiny models do not have
 CLASSES = {"drop_sinks": "DropSinks", "plausible": "Plausible", "dyvte": "DyVTE"}
