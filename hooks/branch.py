@@ -190,9 +190,12 @@ class Stream:
         if embeds is None:
             embeds = decoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
         assert self._next is not None
-        self._run(decoder, embeds, self.next_positions(self._next), None)
+        images = {} if self.branch.view is None else {n: kwargs[n] for n in _CROSS if n in kwargs}
+        self._run(decoder, embeds, self.next_positions(self._next), None, **images)
 
-    def _run(self, decoder: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor | None) -> None:
+    def _run(
+        self, decoder: nn.Module, embeds: Tensor, positions: Tensor, mask: Tensor | None, **images: Any
+    ) -> None:
         assert self._valid is not None
         self._next = positions[..., -1:]
         result = decoder(
@@ -201,6 +204,7 @@ class Stream:
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=self.cache is not None,
+            **images,
         )
         self.hidden = result.last_hidden_state[:, -1]
 
@@ -213,6 +217,7 @@ class Stream:
         self._next = self._next.index_select(-2, beams.to(self._next.device))
 
 
+_CROSS = ("cross_attention_mask", "full_text_row_masked_out_mask")  # Mllama: which image keys a row sees
 _ALONG_ROWS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
 
 

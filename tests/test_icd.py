@@ -21,7 +21,7 @@ def test_rows_grow_at_their_own_places() -> None:
     assert inserted(value, torch.tensor([4, 1]), 1, None).tolist() == [[0, 1, 2, 3, 3], [4, 4, 5, 6, 7]]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "paligemma", "internvl", "idefics3", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "mllama", "internvl", "idefics3", "qwen3_vl"])
 def test_other_families_read_the_role_too(name: str) -> None:
     family = build(name)
     inputs = family.batch([{"text": 6, "seed": 2}])
