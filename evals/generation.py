@@ -1,5 +1,6 @@
-"""Prompts and batched greedy generation: images and questions in, texts out."""
+"""Prompts and batched generation: images and questions in, texts out."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,46 @@ class Reply:
     text: str
     tokens: int
     cut: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    """How tokens are chosen.
+
+    Args:
+        temperature: 0 takes the likeliest token; above, tokens are drawn from all of the vocabulary.
+        num_beams: of beam search.
+        seed: of the draw.
+    """
+
+    temperature: float = 0.0
+    num_beams: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            raise EvalError(
+                f"temperature={self.temperature}: 0 is greedy, 1 draws from the model's own probs"
+            )
+        if self.num_beams < 1:
+            raise EvalError(f"num_beams={self.num_beams}: at least one beam is needed")
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.temperature > 0
+
+    def describe(self, batch_size: int) -> dict[str, Any]:
+        """Its part of `config.json`. Draws depend on the batch, so its size belongs to them."""
+        drawn = {"temperature": self.temperature, "batch_size": batch_size} if self.samples else {}
+        return {"do_sample": self.samples, "num_beams": self.num_beams, **drawn}
+
+    def arguments(self) -> dict[str, Any]:
+        """What `generate` is called with."""
+        given = {"do_sample": self.samples, "num_beams": self.num_beams}
+        if self.samples:  # from all of the vocabulary, whatever the model's own settings are
+            return given | {"temperature": self.temperature, "top_p": 1.0, "top_k": 0}
+        return given | {"temperature": None, "top_p": None, "top_k": None}
 
 
 def make_prompt(processor: Any, text: str, template: str | None = None) -> str:
@@ -72,23 +113,30 @@ def make_inputs(model: Any, processor: Any, prompts: Sequence[str], images: Sequ
     return inputs.to(model.device, dtype=model.dtype)
 
 
+GREEDY = Search()
+
+
 @torch.inference_mode()
 def generate(
-    model: Any, processor: Any, prompts: Sequence[str], images: Sequence[Image.Image], max_new_tokens: int
+    model: Any,
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    max_new_tokens: int,
+    search: Search = GREEDY,
 ) -> list[Reply]:
-    """Answer a batch greedily: one image and one prompt each."""
+    """Answer a batch: one image and one prompt each. The caller's random numbers are left as they were."""
     tokenizer = getattr(processor, "tokenizer", processor)
     inputs = make_inputs(model, processor, prompts, images)
-    sequences = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with torch.random.fork_rng(enabled=search.samples):
+        if search.samples:
+            torch.manual_seed(search.seed)
+        sequences = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **search.arguments(),
+        )
     if not getattr(model.config, "is_encoder_decoder", False):
         sequences = sequences[:, inputs["input_ids"].shape[1] :]
     ends = _end_tokens(model)

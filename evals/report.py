@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .cost import cost_cells
 from .results import ITEMS, MINIATURE_NOTE, TITLES, Results, chair_rows
 from .run_folder import Record, slug
 from .scores import Score
@@ -184,6 +185,8 @@ def _count_rows(benchmark: str, recipes: Mapping[str, Any]) -> list[tuple[str, l
         rows.append((bad, ["" if t is None else str(t["lost"]) for t in tests]))
         rows.append(("McNemar, exact p", ["" if t is None else p_value(t["p"]) for t in tests]))
     rows.append(("cut by the token limit", [str(m["cut"]) for m in found]))
+    costs = [cost_cells(m, found[0]) for m in found]
+    rows += [(title, [cells[title] for cells in costs]) for title in costs[0]]
     rows.append(("median time of one", [f"{m['median_seconds'] * 1000:.0f} ms" for m in found]))
     return rows
 

@@ -11,7 +11,7 @@ from typing import Any
 from .chair import CaptionRecord, score_chair
 from .data import MINIATURE
 from .pope import Question, pope_items
-from .run_folder import Record, RunFolder, RunFolderError
+from .run_folder import Record, RunFolder, RunFolderError, slug
 from .scores import Counted, Score, chair_counts, chair_scores, measure, pope_counts, pope_scores
 from .settings import BASELINE
 
@@ -157,7 +157,7 @@ def build_results(folder: RunFolder, temporary: Any = None) -> Results:
                 if recipe == BASELINE:
                     break  # nothing to compare with
                 continue
-            counted = count(folder, benchmark, {item: items[item] for item in wanted})
+            counted = count(folder, benchmark, recipe, {item: items[item] for item in wanted})
             found[recipe] = measure(counted, results.scores(benchmark), baseline)
             baseline = baseline or counted
         if found:
@@ -177,11 +177,13 @@ def expected_ids(folder: RunFolder, benchmark: str) -> list[str]:
     return [f"{split}/{q.question_id}" for split, rows in _questions(folder).items() for q in rows]
 
 
-def count(folder: RunFolder, benchmark: str, items: Mapping[str, Record]) -> Counted:
+def count(folder: RunFolder, benchmark: str, recipe: str, items: Mapping[str, Record]) -> Counted:
     """Finished items as numbers, by the published definitions."""
     counted = _count_chair(folder, items) if benchmark == "chair" else _count_pope(folder, items)
     generated = [item for item in items.values() if "same_as" not in item]
+    report = folder.read_json(f"reports/{benchmark}-{slug(recipe)}.json") or {}
     counted.facts.update(
+        peak_memory=report.get("peak_memory"),
         cut=sum(bool(item["cut"]) for item in items.values()),
         tokens=sum(item["tokens"] for item in generated),
         seconds=round(sum(item["seconds"] for item in generated), 3),
@@ -217,6 +219,8 @@ def chair_rows(folder: RunFolder, items: Mapping[str, Record]) -> list[Record]:
 
 def _chair_row(record: CaptionRecord) -> Record:
     truth = set(record.truth)
+    words = record.caption.lower().split()
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     return {
         "image": record.image,
         "caption": record.caption,
@@ -230,6 +234,8 @@ def _chair_row(record: CaptionRecord) -> Record:
         "named_objects": len({m.node for m in record.mentions}),
         "true_objects": len(record.truth),
         "length": record.words,
+        "runs": len(runs),
+        "repeated_runs": len(runs) - len(set(runs)),
     }
 
 

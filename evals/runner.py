@@ -3,9 +3,10 @@
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from PIL import Image
 
 from ..hooks.errors import UnknownName
+from .cost import PeakMemory
 from .data import MINIATURE, Dataset, load_data
-from .generation import generate, left_padding, make_inputs, make_prompt
+from .generation import Search, generate, left_padding, make_inputs, make_prompt
 from .pope import PARSERS
 from .provenance import describe_model, model_name, session, versions
 from .results import Results, build_results
 from .run_folder import EvalError, Record, RunFolder, slug
-from .settings import Recipe, Setting, find_sinks, make_settings
+from .settings import Recipe, Setting, find_sinks, make_settings, with_controls
 from .sources import Sources
 from .words import chair_words
 
@@ -52,6 +54,8 @@ def evaluate(
     out: str | Path | None = None,
     batch_size: int = 16,
     max_new_tokens: int | Mapping[str, int] | None = None,
+    temperature: float = 0.0,
+    num_beams: int = 1,
     question_suffix: str = "",
     caption_prompt: str = CAPTION_PROMPT,
     template: str | None = None,
@@ -63,8 +67,9 @@ def evaluate(
 ) -> Results:
     """Measure what recipes do to hallucination, item by item against the same model without them.
 
-    Answers are greedy. The baseline "none" (the engine with a null edit) always runs, first. Starting again
-    with the same `out` goes on after the last finished item.
+    The baseline "none" (the engine with a null edit) always runs, first. Where tokens are drawn, contrastive
+    recipes bring a control row: their plausibility mask without the contrast. Starting again with the same
+    `out` goes on after the last finished item.
 
     Args:
         model: a transformers image-text-to-text model, in eval mode.
@@ -77,6 +82,8 @@ def evaluate(
         out: the run's folder. None keeps it in a temporary place until `Results.save`.
         batch_size: prompts generated at once. Smaller batches need less memory.
         max_new_tokens: limit for one answer, or one per benchmark; None is 16 for POPE and 512 for CHAIR.
+        temperature: 0 is greedy; above, tokens are drawn, with one seed a batch, the same for all recipes.
+        num_beams: of beam search; "opera" needs it, and a batch size of 1.
         question_suffix: added to POPE's questions, for instance
             "\\nAnswer the question using a single word or phrase." as LLaVA does.
         caption_prompt: what CHAIR asks for.
@@ -97,11 +104,15 @@ def evaluate(
     benchmarks = [benchmark] if isinstance(benchmark, str) else list(dict.fromkeys(benchmark))
     words = check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
     _check_model(model, batch_size)
+    search = Search(temperature, num_beams, seed)
     settings = make_settings(recipes, model, processor)
+    if search.samples:
+        settings = with_controls(settings)
     protocol = _Protocol(
         prompts={"pope": f"{{question}}{question_suffix}", "chair": caption_prompt},
         template=template,
         limits=_limits(benchmarks, max_new_tokens),
+        search=search,
         scoring={"parser": parser, "words": words, "drop_unfinished": drop_unfinished},
     )
     temporary = None
@@ -121,7 +132,7 @@ def evaluate(
             "recipes": {setting.label: setting.describe() for setting in settings},
             "versions": versions(),
             "sessions": [session(model, batch_size, command)],
-            **protocol.describe(processor),
+            **protocol.describe(processor, batch_size),
         }
         folder = RunFolder.create(out, config)
         try:
@@ -136,24 +147,25 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Protocol:
-    """How the questions are put: prompts and token limits by benchmark, and how answers are scored."""
+    """How questions are put and answered: prompts and token limits by benchmark, search, and scoring."""
 
     prompts: Mapping[str, str]
     template: str | None
     limits: Mapping[str, int]
+    search: Search
     scoring: Mapping[str, Any]
 
     def full_prompt(self, processor: Any, text: str) -> str:
         """A question as the model reads it."""
         return make_prompt(processor, text, self.template)
 
-    def describe(self, processor: Any) -> dict[str, Any]:
+    def describe(self, processor: Any, batch_size: int) -> dict[str, Any]:
         """Its part of `config.json`."""
-        greedy = {"do_sample": False, "num_beams": 1}
+        search = self.search.describe(batch_size)
         return {
             "benchmarks": list(self.limits),
             "prompts": {name: self.full_prompt(processor, self.prompts[name]) for name in self.limits},
-            "generation": {name: {"max_new_tokens": most, **greedy} for name, most in self.limits.items()},
+            "generation": {name: {"max_new_tokens": most, **search} for name, most in self.limits.items()},
             "scoring": self.scoring,
         }
 
@@ -191,24 +203,36 @@ class _Runner:
         waiting = [[unit for unit in batch if not done.keys() >= set(unit.ids)] for batch in batches]
         if not any(waiting):
             return
+        if self.protocol.search.samples:  # a draw depends on the whole batch
+            waiting = [batch if left else [] for batch, left in zip(batches, waiting, strict=True)]
+        memory = PeakMemory(self.model.device)
         with setting.attach(self.model) as run:
-            for batch in filter(None, waiting):
-                records = self._answer(benchmark, setting, batch, done)
-                self.folder.append(benchmark, setting.label, records)
-                bars.advance(task, len(records))
+            memory.start()
+            for number, batch in enumerate(waiting):
+                if batch:
+                    records = self._answer(benchmark, setting, number, batch, done)
+                    self.folder.append(benchmark, setting.label, records)
+                    bars.advance(task, len(records))
             report = run.report()
-        self.folder.write_json(
-            f"reports/{benchmark}-{slug(setting.label)}.json", {"text": str(report), **report.to_dict()}
-        )
+        facts = {"text": str(report), "peak_memory": memory.peak(), **report.to_dict()}
+        self.folder.write_json(f"reports/{benchmark}-{slug(setting.label)}.json", facts)
 
     def _answer(
-        self, benchmark: str, setting: Setting, batch: Sequence[_Work], done: Mapping[str, Record]
+        self,
+        benchmark: str,
+        setting: Setting,
+        number: int,
+        batch: Sequence[_Work],
+        done: Mapping[str, Record],
     ) -> list[Record]:
+        search = self.protocol.search
+        search = replace(search, seed=zlib.crc32(f"{search.seed}/{benchmark}/{number}".encode()))
         prompts = [self.protocol.full_prompt(self.processor, unit.text) for unit in batch]
         images = [_read(self.dataset.files[unit.image]) for unit in batch]
         start = time.perf_counter()
         try:
-            replies = generate(self.model, self.processor, prompts, images, self.protocol.limits[benchmark])
+            limit = self.protocol.limits[benchmark]
+            replies = generate(self.model, self.processor, prompts, images, limit, search)
         except torch.OutOfMemoryError as error:
             raise EvalError(
                 f"{benchmark} with {setting.label}: out of memory at batch size {self.batch_size}. Start again "

@@ -25,6 +25,8 @@ _CHAIR_COLUMNS = (
     "named_objects",
     "true_objects",
     "length",
+    "runs",
+    "repeated_runs",
 )
 
 
@@ -166,7 +168,10 @@ def _chair_f1(sums: Array) -> Array:
 
 
 def chair_scores() -> list[Score]:
-    """CHAIR's scores, with recall and length beside them: saying less lowers CHAIR too."""
+    """CHAIR's scores, with recall and length beside them: saying less lowers CHAIR too.
+
+    Repetition shows a text that degenerates: the share of runs of four words that the caption had before.
+    """
     return [
         Score("chair_s", "CHAIR_S", _share("hallucinated_captions", "captions"), better=-1),
         Score("chair_i", "CHAIR_I", _share("hallucinated_mentions", "mentions"), better=-1),
@@ -174,11 +179,12 @@ def chair_scores() -> list[Score]:
         Score("precision", "precision", _share("right_objects", "named_objects"), main=False),
         Score("f1", "F1", _chair_f1),
         Score("length", "length, words", _share("length", "captions"), better=0, percent=False),
+        Score("repetition", "repeated runs of 4 words", _share("repeated_runs", "runs"), better=-1),
     ]
 
 
 def chair_counts(rows: Sequence[Mapping[str, float]]) -> Array:
-    """(N, 8) counts from one mapping per caption."""
+    """(N, 10) counts from one mapping per caption."""
     return np.array([[float(row[name]) for name in _CHAIR_COLUMNS] for row in rows]).reshape(
         len(rows), len(_CHAIR_COLUMNS)
     )

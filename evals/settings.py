@@ -92,6 +92,30 @@ def make_settings(
     return settings
 
 
+def with_controls(settings: Sequence[Setting]) -> list[Setting]:
+    """The settings, and behind the baseline the plausibility mask alone for every mask that a recipe contrasts under.
+
+    Under sampling this mask does most of what contrastive methods are praised for (arXiv 2504.10020).
+    """
+    from ..interventions import Plausible
+
+    masks = {
+        part.beta: None
+        for setting in settings
+        for part in setting.interventions
+        if "contrast" in getattr(part, "kind", "") and part.beta
+    }
+    there = {
+        part.beta for setting in settings for part in setting.interventions if isinstance(part, Plausible)
+    }
+    controls = []
+    for beta in masks:
+        if beta not in there:
+            label = "plausible" if beta == Plausible().beta else f"plausible:beta={beta}"
+            controls.append(Setting(label, (Plausible(beta=beta),)))
+    return [*settings[:1], *controls, *settings[1:]]
+
+
 def find_sinks(
     settings: Sequence[Setting], model: Any, inputs: Callable[[], Mapping[str, Any]]
 ) -> list[Setting]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from .cost import cost_cells
 from .scores import Score
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def tables(results: "Results", full: bool = False) -> list[Any]:
         first = next(iter(recipes.values()))
         title = f"{TITLES[benchmark]}: {first['items']} {ITEMS[benchmark]}, {first['images']} images"
         parts.append(_table(title, recipes, [s for s in results.scores(benchmark) if full or s.main]))
+        parts.append(_costs(recipes))
         parts += [Text(f"  {recipe}: {facts(found, benchmark)}") for recipe, found in recipes.items()]
         parts.append(Text(""))
     for part, (done, total) in results.unfinished.items():
@@ -87,6 +89,17 @@ def tables(results: "Results", full: bool = False) -> list[Any]:
     if results.miniature:
         parts.append(Text(MINIATURE_NOTE, style="dim"))
     return parts
+
+
+def _costs(recipes: Mapping[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    baseline = next(iter(recipes.values()))
+    table.add_column("cost, beside the baseline's", overflow="fold")
+    for name in cost_cells(baseline, baseline):
+        table.add_column(name, justify="right", no_wrap=True)
+    for recipe, found in recipes.items():
+        table.add_row(f"  {recipe}", *cost_cells(found, baseline).values())
+    return table
 
 
 def _table(title: str, recipes: Mapping[str, Any], scores: list[Score]) -> Table:

@@ -95,7 +95,7 @@ class AGLA(Method):
     name = "agla"
     paper = "AGLA: Mitigating Object Hallucinations with Assembly of Global and Local Attention"
     arxiv = "2406.12718"
-    kind = "contrast"
+    kind = "contrastive"
     cost = "a matching model's forward and backward once, two streams"
     models = ("llava", "instructblip")
 

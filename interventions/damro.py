@@ -96,7 +96,7 @@ class DAMRO(Method):
     name = "damro"
     paper = "DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination"
     arxiv = "2410.04514"
-    kind = "contrast"
+    kind = "contrastive"
     cost = "one prefill without most of the image, two streams"
     models = ("llava", "llava_next", "instructblip")
 

@@ -131,6 +131,13 @@ def bench(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Limit of one answer. Default: 16 for POPE, 512 for CHAIR.", min=1)
     ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(help="0 is greedy. Above, tokens are drawn, and contrastive recipes bring a control."),
+    ] = 0.0,
+    num_beams: Annotated[
+        int, typer.Option(help="Beam search, which opera needs (with --batch-size 1).", min=1)
+    ] = 1,
     question_suffix: Annotated[
         str, typer.Option(help="Added to POPE's questions; \\n is a line break.")
     ] = "",
@@ -157,8 +164,8 @@ def bench(
     loaded, processor = load_model(model, dtype, device)
     _bench(
         loaded, processor, benchmarks, recipes, sources, out, items=items, seed=seed, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, question_suffix=question_suffix.replace("\\n", "\n"), parser=parser,
-        words=words,
+        max_new_tokens=max_new_tokens, temperature=temperature, num_beams=num_beams,
+        question_suffix=question_suffix.replace("\\n", "\n"), parser=parser, words=words,
     )  # fmt: skip
 
 

@@ -1,0 +1,135 @@
+"""Runs that draw tokens or search with beams, their control row, and what a recipe costs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import regard
+from regard.evals import data as eval_data
+from regard.evals.cost import PeakMemory, cost_cells
+from regard.evals.miniature import load_miniature
+from regard.evals.run_folder import EvalError
+from regard.evals.settings import make_settings, with_controls
+
+OPTIONS = {"items": 4, "batch_size": 3, "max_new_tokens": 10, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def miniature():
+    return load_miniature("lvlm")
+
+
+@pytest.fixture(scope="module")
+def drawn(miniature, tmp_path_factory):
+    out = tmp_path_factory.mktemp("drawn") / "run"
+    return regard.evaluate(*miniature, "chair", ["vcd", "vhr"], out=out, temperature=3.0, **OPTIONS)
+
+
+def answers(results, recipe="none"):
+    return {name: item["answer"] for name, item in results.items("chair", recipe).items()}
+
+
+def test_draws_can_be_repeated_and_leave_the_callers_alone(drawn, miniature, tmp_path):
+    torch.manual_seed(11)
+    expected = torch.rand(1)
+    torch.manual_seed(11)
+    again = regard.evaluate(*miniature, "chair", ["none"], out=tmp_path / "a", temperature=3.0, **OPTIONS)
+    assert torch.equal(torch.rand(1), expected)
+    assert answers(again) == answers(drawn)
+    greedy = regard.evaluate(*miniature, "chair", ["none"], out=tmp_path / "b", **OPTIONS)
+    assert answers(greedy) != answers(drawn)
+    other = regard.evaluate(
+        *miniature, "chair", ["none"], out=tmp_path / "c", temperature=3.0, **OPTIONS | {"batch_size": 4}
+    )
+    assert answers(other) != answers(drawn)
+
+
+def test_a_batch_that_was_torn_is_drawn_again_whole(drawn, miniature, tmp_path):
+    folder = drawn.save(tmp_path / "copy")
+    file = folder / "items" / "chair-none.jsonl"
+    rows = file.read_text().splitlines()
+    file.write_text("\n".join([rows[0], *rows[2:]]) + "\n")
+    resumed = regard.evaluate(*miniature, "chair", ["vcd", "vhr"], out=folder, temperature=3.0, **OPTIONS)
+    assert answers(resumed) == answers(drawn)
+    assert len(file.read_text().splitlines()) == len(rows)
+
+
+def test_a_draw_in_another_batch_size_is_refused(drawn, miniature, tmp_path):
+    folder = drawn.save(tmp_path / "copy")
+    with pytest.raises(EvalError, match="generation"):
+        regard.evaluate(
+            *miniature, "chair", ["none"], out=folder, temperature=3.0, **OPTIONS | {"batch_size": 4}
+        )
+
+
+def test_contrastive_recipes_bring_their_control(drawn, miniature):
+    assert list(drawn.config["recipes"]) == ["none", "plausible", "vcd", "vhr"]
+    assert answers(drawn, "plausible") != answers(drawn)
+    model, _ = miniature
+    labels = [
+        setting.label
+        for setting in with_controls(make_settings("vhr,vcd:beta=0.3,pai,damro,vcd:beta=0.0", model))
+    ]
+    assert labels[:3] == ["none", "plausible:beta=0.3", "plausible"]
+    given = with_controls(make_settings("plausible,vcd", model))
+    assert [setting.label for setting in given] == ["none", "plausible", "vcd"]
+
+
+def test_opera_runs_with_beams(miniature, tmp_path):
+    options = OPTIONS | {"items": 1, "batch_size": 1, "max_new_tokens": 6}
+    found = regard.evaluate(*miniature, "chair", ["opera"], out=tmp_path / "run", num_beams=3, **options)
+    model, processor = miniature
+    row = next(iter(found.items("chair").values()))
+    scenes = eval_data.load_data("miniature", ["chair"], 1, 0, tmp_path / "scenes", "regard")
+    image = Image.open(scenes.files[row["image"]]).convert("RGB")
+    inputs = processor(images=[image], text=[row["prompt"]], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False)
+    text = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert row["answer"] == text.strip()
+    assert found.config["generation"]["chair"]["num_beams"] == 3
+
+
+def test_costs_stand_beside_the_scores(drawn):
+    plain, other = drawn.metrics["chair"]["none"], drawn.metrics["chair"]["vcd"]
+    cells = cost_cells(other, plain)
+    ratio = plain["tokens"] / plain["seconds"] * other["seconds"] / other["tokens"]
+    assert cells["time of a token"] == f"{ratio:.2f}x"
+    report = json.loads((drawn.path / "reports" / "chair-vcd.json").read_text())
+    assert report["peak_memory"] == other["peak_memory"]
+    assert cells["time of a token"] in drawn.table()
+    assert "time of a token" in drawn.page.read_text()
+    assert cost_cells({"tokens": 0, "seconds": 0}, plain)["tokens/s"] == "–"
+
+
+def test_peak_memory_sees_what_was_held_for_a_moment():
+    memory = PeakMemory(torch.device("cpu"))
+    memory.start()
+    before = memory.peak()
+    if before is None:
+        pytest.skip("this system does not say how much memory was in use")
+    held = torch.ones(64 * 2**18)  # 64 MiB
+    del held
+    assert memory.peak() - before > 48 * 2**20
+    memory.start()
+    assert memory.peak() - before < 32 * 2**20
+
+
+def test_repetition_is_seen(drawn):
+    from regard.evals.results import chair_rows
+
+    items = drawn.items("chair")
+    name = next(iter(items))
+    loop = {name: items[name] | {"answer": "a dog and a dog and a dog and a dog"}}
+    row = chair_rows(drawn.folder, loop)[0]
+    assert (row["runs"], row["repeated_runs"]) == (8, 5)
+
+
+@pytest.mark.parametrize("change", [{"temperature": -1.0}, {"temperature": float("nan")}, {"num_beams": 0}])
+def test_bad_settings(miniature, tmp_path, change):
+    with pytest.raises(EvalError, match=next(iter(change))):
+        regard.evaluate(*miniature, "chair", out=tmp_path / "run", **OPTIONS, **change)
+    assert not (tmp_path / "run").exists()
