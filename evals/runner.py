@@ -21,7 +21,7 @@ from .pope import PARSERS
 from .provenance import describe_model, model_name, session, versions
 from .results import Results, build_results
 from .run_folder import EvalError, Record, RunFolder, slug
-from .settings import Recipe, Setting, find_sinks, make_settings, with_controls
+from .settings import Recipe, Setting, fill_matchers, find_sinks, make_settings, with_controls
 from .sources import Sources
 from .words import chair_words
 
@@ -105,7 +105,8 @@ def evaluate(
     words = check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
     _check_model(model, batch_size)
     search = Search(temperature, num_beams, seed)
-    settings = make_settings(recipes, model, processor)
+    settings = fill_matchers(make_settings(recipes, model, processor), model, processor)
+    _check_search(settings, search, batch_size)
     if search.samples:
         settings = with_controls(settings)
     protocol = _Protocol(
@@ -313,6 +314,16 @@ def _check_model(model: Any, batch_size: int) -> None:
         )
     if batch_size < 1:
         raise EvalError(f"batch_size={batch_size}: at least one prompt is needed")
+
+
+def _check_search(settings: Sequence[Setting], search: Search, batch_size: int) -> None:
+    """OPERA has its own search: better known before the other recipes have run."""
+    named = {getattr(part, "name", part) for setting in settings for part in setting.interventions}
+    if "opera" in named and (search.num_beams == 1 or search.samples or batch_size > 1):
+        raise EvalError(
+            f"opera is a beam search of one prompt at a time, got num_beams={search.num_beams}, "
+            f"temperature={search.temperature}, batch_size={batch_size}: use num_beams=5 and batch_size=1"
+        )
 
 
 def _limits(benchmarks: Sequence[str], given: int | Mapping[str, int] | None) -> dict[str, int]:

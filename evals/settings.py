@@ -1,6 +1,7 @@
 """What a run compares: recipes by name, by name with settings, as objects, or several at once."""
 
 import ast
+import copy
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,8 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from ..hooks.errors import UnknownName
+from .data import MINIATURE
+from .provenance import model_name
 from .run_folder import EvalError, slug
 
 BASELINE = "none"
@@ -33,7 +36,7 @@ class Setting:
         return [
             {
                 "class": type(part).__name__,
-                **{f.name: getattr(part, f.name) for f in dataclasses.fields(part)},
+                **{f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.repr},
             }
             | ({"note": self.note} if self.note else {})
             for part in self.interventions
@@ -114,6 +117,32 @@ def with_controls(settings: Sequence[Setting]) -> list[Setting]:
             label = "plausible" if beta == Plausible().beta else f"plausible:beta={beta}"
             controls.append(Setting(label, (Plausible(beta=beta),)))
     return [*settings[:1], *controls, *settings[1:]]
+
+
+def fill_matchers(settings: Sequence[Setting], model: Any, processor: Any) -> list[Setting]:
+    """Give AGLA a matcher on the miniature, whose scenes no public matching model knows: its own attention."""
+    from ..interventions.matching import AttentionMatcher
+
+    def lacks(part: Any) -> bool:
+        return getattr(part, "matcher", part) is None
+
+    if not any(lacks(part) for setting in settings for part in setting.interventions):
+        return list(settings)
+    if not model_name(model).startswith(MINIATURE + " "):
+        return list(settings)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    matcher = AttentionMatcher(eager, processor)
+    return [
+        dataclasses.replace(
+            setting,
+            interventions=tuple(
+                dataclasses.replace(part, matcher=matcher) if lacks(part) else part
+                for part in setting.interventions
+            ),
+        )
+        for setting in settings
+    ]
 
 
 def find_sinks(

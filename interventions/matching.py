@@ -234,6 +234,9 @@ class AttentionMatcher:
             raise ValueError(f"layers are from 0 to {count - 1}, got {self.layers}")
         self.model, self.processor, self.similarity = model, processor, similarity
 
+    def __repr__(self) -> str:
+        return f"AttentionMatcher(layers={self.layers}, similarity={self.similarity})"
+
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], texts: Sequence[str]) -> Match:
         """Maps (N, h, w) of the grid of image tokens."""

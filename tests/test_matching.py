@@ -5,13 +5,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+import regard
+from regard.evals.miniature import load_miniature
+from regard.evals.miniature.scenes import make_scene
 from regard.hooks.errors import CannotEdit
-from regard.interventions.matching import BlipMatcher, clean, kept_share, mask_from
+from regard.interventions.matching import AttentionMatcher, BlipMatcher, clean, kept_share, mask_from
 
 
 class Words:
@@ -142,3 +146,34 @@ def test_text_and_errors() -> None:
             matcher([image], ["a dog"])
     with pytest.raises(ValueError, match="block"):
         BlipMatcher(matcher.model, matcher.processor, 3)
+
+
+def test_a_models_own_attention_is_a_matcher() -> None:
+    model, processor = load_miniature("lvlm")
+    model.set_attn_implementation("eager")
+    scene = make_scene(4)
+    image = torch.from_numpy(np.asarray(scene.image).copy()).permute(2, 0, 1) / 255
+    matcher = AttentionMatcher(model, processor, layers=(1, 2), similarity=0.3)
+    match = matcher([image, image.flip(2)], ["is there a dog", "is there a dog"])
+    assert match.similarity.tolist() == pytest.approx([0.3, 0.3])
+    assert not torch.allclose(match.maps[0], match.maps[1])
+
+    given = processor(images=[scene.image], text="<image> is there a dog", return_tensors="pt")
+    with torch.no_grad():
+        probs = model(**given, output_attentions=True).attentions
+    image_at = (given["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0]
+    rows = torch.arange(int(image_at[-1]) + 1, given["input_ids"].shape[1])
+    own = sum(probs[layer][0][:, rows][:, :, image_at].mean((0, 1)) for layer in (1, 2)) / 2
+    assert torch.allclose(match.maps[0].flatten(), own, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"layers": (99,)}, "layers are from 0"), ({"similarity": 2.0}, "from 0 to 1"), ({}, "eager")],
+)
+def test_what_an_attention_matcher_refuses(change: dict[str, Any], words: str) -> None:
+    model, processor = load_miniature("lvlm")
+    if change:
+        model.set_attn_implementation("eager")
+    with pytest.raises((ValueError, regard.CannotEdit), match=words):
+        AttentionMatcher(model, processor, **change)

@@ -128,6 +128,20 @@ def test_repetition_is_seen(drawn):
     assert (row["runs"], row["repeated_runs"]) == (8, 5)
 
 
+def test_opera_without_beams_is_refused_before_anything_runs(miniature, tmp_path):
+    with pytest.raises(EvalError, match="num_beams=5 and batch_size=1"):
+        regard.evaluate(*miniature, "chair", ["vhr", "opera"], out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_agla_finds_a_matcher_for_the_miniature(miniature, tmp_path):
+    found = regard.evaluate(*miniature, "chair", ["agla"], out=tmp_path / "run", **OPTIONS)
+    assert found.config["recipes"]["agla"][0]["matcher"] == "AttentionMatcher(layers=(2, 3), similarity=0.5)"
+    again = regard.evaluate(*miniature, "chair", ["agla"], out=tmp_path / "run", **OPTIONS)
+    assert answers(again, "agla") == answers(found, "agla")
+    assert sum(map(len, answers(found, "agla").values())) > 100
+
+
 @pytest.mark.parametrize("change", [{"temperature": -1.0}, {"temperature": float("nan")}, {"num_beams": 0}])
 def test_bad_settings(miniature, tmp_path, change):
     with pytest.raises(EvalError, match=next(iter(change))):
