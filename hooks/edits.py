@@ -205,11 +205,14 @@ class Logits:
             `step.generated` the number of tokens generated before this one.
         branches: the branches that it reads; each must be among the edits, with `every_step`.
         needs_image: raise when no prompt of the batch has an image.
+        early: blocks before which the newest row's state goes through the head too, as it is, without the last
+            norm: `step.early[layer]`, (B, V).
     """
 
     edit: Callable[[Tensor, Step], Tensor]
     branches: tuple[str, ...] = ()
     needs_image: bool = False
+    early: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Engine:
         for site in self.anatomy.sites:
             if plan.layers.get(site.layer) or site.layer in reading or plan.following:
                 claims[site.module] = Claim(self, site.layer, site.cross)
-            if site.layer in plan.hidden:
+            if site.layer in plan.hidden or site.layer in plan.early:
                 read = functools.partial(self._before_block, site.layer)
                 keep(site.block.register_forward_pre_hook(read, with_kwargs=True))
         if plan.exits:
@@ -344,10 +344,12 @@ class Engine:
         session = getattr(self._local, "session", None)
         if self.stream is not None or session is None:
             return
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if layer in session.plan.early:
+            session.early[layer] = hidden[: session.batch, -1]  # joined streams come behind the main one
         for entry in session.plan.hidden.get(layer, ()):
             kept = session.hidden.setdefault((entry.edit.name, layer), {})
             if entry.owner not in kept:
-                hidden = args[0] if args else kwargs["hidden_states"]
                 kept[entry.owner] = entry.edit.read(hidden, session)
                 entry.tally.count(True, hidden.shape[1])
 
@@ -355,10 +357,11 @@ class Engine:
         session = getattr(self._local, "session", None)
         if session is None or self.stream is not None:
             return None
-        following = self._following(session)
-        others = output[:, -len(following) :].unbind(1) if following else ()
-        output = output[:, : output.shape[1] - len(following)]
-        step = Step(session, dict(zip((stream.branch.name for stream in following), others, strict=True)))
+        names = [stream.branch.name for stream in self._following(session)]
+        rows = output.shape[1] - len(names) - len(session.early)
+        output, others, early = output.split([rows, len(names), len(session.early)], 1)
+        branches = dict(zip(names, others.unbind(1), strict=True))
+        step = Step(session, branches, dict(zip(session.early, early.unbind(1), strict=True)))
         newest = output[:, -1]
         for entry in session.plan.logits:
             newest = entry.edit.edit(newest, step)
@@ -371,6 +374,7 @@ class Engine:
         if session is None or self.stream is not None:
             return None
         hidden = [stream.hidden for stream in self._following(session) if stream.hidden is not None]
+        hidden += session.early.values()
         return (torch.cat([args[0], *(state[:, None].to(args[0]) for state in hidden)], 1), *args[1:])
 
     def _following(self, session: Session) -> list[Stream]:

@@ -128,6 +128,8 @@ class Contribution:
         for edit in self.edits:
             if isinstance(edit, LayerEdit | Branch | Exit):
                 anatomy.check_layers(edit.layers, self.name)
+            if isinstance(edit, Logits):
+                anatomy.check_layers(edit.early, self.name)
             if isinstance(edit, Bias | HeadGain):
                 anatomy.check_heads(edit.heads, self.name)
 
@@ -202,6 +204,11 @@ class Plan:
     def reading(self) -> tuple[int, ...]:
         """Layers whose head outputs some branch keeps."""
         return tuple(sorted({layer for branch in self.branches for layer in branch.layers}))
+
+    @property
+    def early(self) -> tuple[int, ...]:
+        """Layers whose incoming state goes through the head."""
+        return tuple(sorted({layer for entry in self.logits for layer in entry.edit.early}))
 
     @property
     def following(self) -> bool:

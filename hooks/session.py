@@ -48,6 +48,7 @@ class Session:
     streams: dict[str, Stream] = field(default_factory=dict)
     given: dict[str, Tensor] = field(default_factory=dict)  # what `generate` was called with
     inputs: dict[str, Any] | None = None  # the model's own arguments at the prompt, for branches with a view
+    early: dict[int, Tensor] = field(default_factory=dict)  # newest states (B, C) before some blocks
     tower: dict[int, Tensor] = field(default_factory=dict)
     _step: dict[Any, Any] = field(default_factory=dict)
 

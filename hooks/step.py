@@ -10,12 +10,12 @@ from .session import Session
 
 
 class Step:
-    """One forward, at its newest row. V is the vocabulary."""
+    """One forward, at its newest row. V is the vocabulary. `early` has the logits (B, V) of earlier layers."""
 
-    __slots__ = ("_branches", "session")
+    __slots__ = ("_branches", "early", "session")
 
-    def __init__(self, session: Session, branches: Mapping[str, Tensor]) -> None:
-        self.session, self._branches = session, branches
+    def __init__(self, session: Session, branches: Mapping[str, Tensor], early: Mapping[int, Tensor]) -> None:
+        self.session, self._branches, self.early = session, branches, early
 
     @property
     def generated(self) -> int:

@@ -3,6 +3,7 @@
 from .agla import AGLA
 from .damro import DAMRO
 from .divergence import Divergence, divergence
+from .dola import DoLa
 from .dyvte import DyVTE
 from .icd import ICD
 from .m3id import M3ID
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionMatcher",
     "BlipMatcher",
     "Divergence",
+    "DoLa",
     "DropSinks",
     "DyVTE",
     "Null",

@@ -16,6 +16,7 @@ from ..hooks.errors import UnknownName
 from ..hooks.run import Intervention, Run
 from .agla import AGLA
 from .damro import DAMRO
+from .dola import DoLa
 from .dyvte import DyVTE
 from .icd import ICD
 from .m3id import M3ID
@@ -42,6 +43,7 @@ METHODS: tuple[type[Method], ...] = (
     VCD,
     M3ID,
     ICD,
+    DoLa,
     PAI,
     DropSinks,
     OPERA,

@@ -21,6 +21,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "sink_dimensions": "interventions",
     "VHR": "interventions",
     "VAR": "interventions",
+    "DoLa": "interventions",
     "DyVTE": "interventions",
     "DAMRO": "interventions",
     "ICD": "interventions",
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from .interventions import VHR as VHR
     from .interventions import AttentionMatcher as AttentionMatcher
     from .interventions import BlipMatcher as BlipMatcher
+    from .interventions import DoLa as DoLa
     from .interventions import DropSinks as DropSinks
     from .interventions import DyVTE as DyVTE
     from .interventions import Null as Null

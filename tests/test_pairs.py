@@ -27,7 +27,7 @@ OURS: dict[str, Any] = {  # settings under which a recipe acts on a model of thr
     "icd": {"role_ids": (17, 33, 90)},
 }
 NEED_MORE = {"agla"}  # asks for a processor and a matcher, which the tiny models do not have
-CLASSES = {"drop_sinks": "DropSinks", "plausible": "Plausible", "dyvte": "DyVTE"}
+CLASSES = {"drop_sinks": "DropSinks", "plausible": "Plausible", "dola": "DoLa", "dyvte": "DyVTE"}
 
 
 def names() -> list[str]:
