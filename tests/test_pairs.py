@@ -15,6 +15,7 @@ import torch
 
 import regard
 from tests.families import Family, build
+from tests.test_agla import FORM, corner
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pairs.md"
 SINKS: dict[str, Any] = {"sink_dims": (3, 11, 20), "tau": 1.6}
@@ -25,13 +26,13 @@ OURS: dict[str, Any] = {  # settings under which a recipe acts on a model of thr
     "m3id": {"alpha": 1.0, "decay": 0.5},
     "pai": {"layers": (0, 1, 2)},
     "icd": {"role_ids": (17, 33, 90)},
+    "agla": {"matcher": corner, "text": "a dog", "pixels": FORM},
 }
-NEED_MORE = {"agla"}  # asks for a processor and a matcher, which the tiny models do not have
 CLASSES = {"drop_sinks": "DropSinks", "plausible": "Plausible", "dola": "DoLa", "dyvte": "DyVTE"}
 
 
 def names() -> list[str]:
-    return [recipe.name for recipe in regard.recipes() if recipe.name not in {"none", *NEED_MORE}]
+    return [recipe.name for recipe in regard.recipes() if recipe.name != "none"]
 
 
 @functools.cache
@@ -92,13 +93,7 @@ def page() -> str:
         lines.append(f"| `{row}` | " + " | ".join(cells) + " |")
     lines += ["", "Refused:", ""]
     lines += [f"- `{a}` with `{b}`: {why}" for (a, b), why in found.items() if why != "yes"]
-    lines += [
-        "",
-        "Not walked here: "
-        + ", ".join(f"`{name}`" for name in sorted(NEED_MORE))
-        + ", which needs a processor.",
-        "",
-    ]
+    lines.append("")
     return "\n".join(lines)
 
 
