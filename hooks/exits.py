@@ -257,7 +257,10 @@ def _end(engine: Engine, module: nn.Module, args: tuple[Any, ...], output: Any) 
         rows = session.rows
         if session.seen == 0 and leaving.all_gone(engine.anatomy.layers):
             rows = leaving.kept().order.shape[1] + session.rows - session.prompt
-        session.plan.exits[0].tally.count(session.prefill, rows)
+        tally = session.plan.exits[0].tally
+        tally.count(session.prefill, rows)
+        blocks = sorted({after for after in leaving.after if NOTHING < after < leaving.never})
+        tally.note = f"newest prompt: after block {', '.join(map(str, blocks))}"
 
 
 def _enter(

@@ -41,7 +41,7 @@ class Tally:
 
     `prefill` and `decode` count forwards, `rows` edited query rows (of one sample), `path` names the
     arithmetic and `backends` the kernels that ran, `gain` (B, H) is the newest set of head factors. Of
-    `offered` pairs of head and row, a policy changed `changed`.
+    `offered` pairs of head and row, a policy changed `changed`. `note` says what no count can.
     """
 
     intervention: str
@@ -55,6 +55,7 @@ class Tally:
     offered: Tensor | int = 0
     changed: Tensor | int = 0
     backends: set[str] = field(default_factory=set)
+    note: str = ""
 
     def count(self, prefill: bool, rows: int, backend: str | None = None) -> None:
         """Note one forward in which `rows` query rows were edited."""

@@ -51,7 +51,7 @@ class Report:
             shares = [share for tally in acted if (share := _share(tally)) is not None]
             if shares:
                 line += f"; changed {min(shares):.0%} to {max(shares):.0%} of heads and rows"
-            lines.append(line)
+            lines.append("; ".join([line, *sorted({tally.note for tally in acted if tally.note})]))
         return "\n".join(lines)
 
 
@@ -77,6 +77,7 @@ def _record(tally: Tally) -> dict[str, Any]:
         "rows": tally.rows,
         "heads": _heads(tally),
         "changed": _share(tally),
+        **({"note": tally.note} if tally.note else {}),
     }
 
 

@@ -145,6 +145,7 @@ def test_caches_after_the_exit_are_shorter_and_shapes_stay(family: Family) -> No
         assert torch.equal(state[:, image], states[2][:, image])
         assert not torch.equal(state[:, ~image], states[2][:, ~image])
     assert "tokens left the decoder" in str(run.report())
+    assert "newest prompt: after block 1" in str(run.report())
 
 
 def test_without_a_cache_the_first_decision_stays(llava: Family) -> None:
