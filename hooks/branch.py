@@ -170,9 +170,8 @@ class Stream:
         assert self._next is not None
         assert self._valid is not None
         newest = self._next.to(like.device)
-        if (
-            newest.ndim == like.ndim == 3 and len(like) == len(newest) + 1
-        ):  # the model left out the axis of text
+        # Given no positions, Qwen's model makes those of the image's axes only; `generate` has one of the text too.
+        if newest.ndim == like.ndim == 3 and len(like) == len(newest) + 1:
             newest = torch.cat([self._valid.sum(1).to(newest)[None, :, None] - 1, newest])
         self._next = newest + 1
         fresh = torch.ones(len(self._valid), 1, dtype=torch.bool, device=self._valid.device)

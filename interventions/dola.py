@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -86,13 +87,16 @@ class DoLa(Method):
 
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """One edit of the logits, which reads the earlier layers."""
-        return (Logits(self.fuse, early=self.candidates(anatomy)),)
+        layers = self.candidates(anatomy)
+        return (Logits(partial(self.fuse, layers), early=layers),)
 
-    def fuse(self, logits: Tensor, step: Step) -> Tensor:
+    def fuse(self, layers: Sequence[int], logits: Tensor, step: Step) -> Tensor:
         """Differences of log-probs (B, V)."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         final = logits.to(wide).log_softmax(-1)
-        early = torch.stack([part.to(wide).log_softmax(-1) for part in step.early.values()], 1)
+        early = torch.stack(
+            [part.to(wide).log_softmax(-1) for part in map(step.early.__getitem__, layers)], 1
+        )
         chosen = divergence(final[:, None].expand_as(early), early).argmax(1)
         contrast = final - early[torch.arange(len(early), device=early.device), chosen]
         return keep_plausible(contrast, final, self.beta).to(logits.dtype)

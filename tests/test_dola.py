@@ -52,6 +52,16 @@ def test_a_stream_in_the_same_batch_is_not_read() -> None:
     assert torch.allclose(joined.nan_to_num(neginf=-99), alone.nan_to_num(neginf=-99), **CLOSE)
 
 
+def test_layers_that_another_edit_reads_are_not_candidates() -> None:
+    family = build("llava")
+    inputs = family.batch(SPECS[:2])
+    reader = regard.Logits(lambda logits, step: logits, early=(0, 1))
+    _, alone = generate(family, inputs, DoLa(layers=(2,)))
+    _, beside = generate(family, inputs, reader, DoLa(layers=(2,)))
+    assert torch.equal(alone, beside)
+    assert not torch.equal(alone, generate(family, inputs, DoLa(layers=(0, 1)))[1])
+
+
 def test_candidate_layers_are_those_of_transformers() -> None:
     assert bucket("low", 32, tied=False) == tuple(range(0, 16, 2))
     assert bucket("high", 32, tied=False) == tuple(range(16, 32, 2))
