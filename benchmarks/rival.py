@@ -26,23 +26,20 @@ from rich.table import Table
 
 import regard
 from regard.evals.chair import score_chair
-from regard.evals.generation import Reply, generate
+from regard.evals.data import load_data
+from regard.evals.generation import Reply, generate, make_prompt
 from regard.evals.miniature import load_miniature
+from regard.evals.runner import CAPTION_PROMPT
 
 SAME = ("vcd", "icd", "m3id", "pai")
 LIMIT = 96
 
 
 def scenes(items: int, folder: Path) -> dict[str, Any]:
-    """Prompt, pictures and truth of a run."""
-    model, processor = load_miniature("lvlm")
-    run = regard.evaluate(
-        model, processor, "chair", ["none"], items=items, seed=1, out=folder, max_new_tokens=LIMIT
-    )
-    rows = list(run.items("chair").values())
-    files = {row["image"]: folder / "data" / "images" / Path(row["image"]).name for row in rows}
-    truth = json.loads((folder / "data" / "truth.json").read_text())
-    return {"prompt": rows[0]["prompt"], "files": files, "truth": truth}
+    """Prompt, pictures and truth."""
+    _, processor = load_miniature("lvlm")
+    found = load_data("miniature", ["chair"], items, 1, folder, "regard")
+    return {"prompt": make_prompt(processor, CAPTION_PROMPT), "files": found.files, "truth": found.truth}
 
 
 def ours(name: str, data: dict[str, Any]) -> dict[str, str]:
@@ -95,7 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        data = scenes(given.items, Path(folder) / "run")
+        data = scenes(given.items, Path(folder))
         for name in ("none", *SAME):
             for label, side in (("regard", ours), ("mitigv", theirs)):
                 if name == "none" and side is theirs:
