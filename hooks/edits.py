@@ -134,9 +134,12 @@ class Tower:
 
     Args:
         layer: a block of the vision tower; negative ones count from the end, as in `hidden_states`' own use.
+        received: for a tower without a CLS token: log of the mean probs that each patch gets from all patches
+            instead, with -inf in column 0.
     """
 
     layer: int
+    received: bool = False
 
 
 @dataclass(frozen=True)

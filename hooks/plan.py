@@ -157,7 +157,7 @@ class Plan:
         self.hidden: dict[int, list[Entry[Hidden]]] = {}
         self.branches: list[Branch] = []
         self.logits: list[Entry[Logits]] = []
-        self.towers: set[int] = set()
+        self.towers: dict[int, bool] = {}  # tower layers, and whether received attention is read there
         self.exits: list[Entry[Exit]] = []
         self.decodings: list[tuple[str, Decoding]] = []
         for number, (owner, edit) in enumerate((c, edit) for c in contributions for edit in c.edits):
@@ -170,7 +170,7 @@ class Plan:
         if isinstance(edit, Branch):
             _add_branch(self.branches, edit)
         elif isinstance(edit, Tower):
-            self.towers.add(edit.layer)
+            self.towers[edit.layer] = edit.received
         elif isinstance(edit, Decoding):
             self.decodings.append((owner.name, edit))
         elif isinstance(edit, Logits):

@@ -61,7 +61,7 @@ def install(engine: Engine) -> list[Any]:
     if not engine.plan.towers:
         return handles
     try:
-        layers = _readable(path, tower)
+        layers = _readable(path, tower, any(engine.plan.towers.values()))
         for layer in sorted(engine.plan.towers):
             if not -len(layers) <= layer < len(layers):
                 raise OutOfRange(f"vision layer {layer}, but {path} has layers 0 to {len(layers) - 1}")
@@ -74,10 +74,12 @@ def install(engine: Engine) -> list[Any]:
     return handles
 
 
-def _readable(path: str, tower: nn.Module) -> list[nn.Module]:
-    """The tower's attention modules, if the scores of a CLS token can be read there."""
+def _readable(path: str, tower: nn.Module, received: bool) -> list[nn.Module]:
+    """The tower's attention modules, if the scores of a CLS token (or without one, what is `received`) can be read."""
     name = type(tower).__name__
-    if not has_cls(tower):
+    if received and has_cls(tower):
+        raise CannotEdit(f"{path} ({name}) has a CLS token: read that one, not what patches receive")
+    if not received and not has_cls(tower):
         raise CannotEdit(
             f"{path} ({name}) has no CLS token, so where it looks is undefined: "
             "use a model whose tower has one (CLIP, EVA-CLIP)"
@@ -93,6 +95,7 @@ def _readable(path: str, tower: nn.Module) -> list[nn.Module]:
 def _watch_layer(engine: Engine, layer: int, attention: Any) -> list[Any]:
     """Hooks where one layer makes its queries and keys."""
     heads = int(attention.num_heads)
+    scores = received_scores if engine.plan.towers[layer] else cls_scores
     if hasattr(attention, "qkv"):
         parts = {"fused": attention.qkv}
     else:  # a norm of queries and keys comes after the projection
@@ -111,7 +114,7 @@ def _watch_layer(engine: Engine, layer: int, attention: Any) -> list[Any]:
         else:
             halves[name] = out
         if len(halves) == 2:
-            session.tower[layer] = cls_scores(halves.pop("q"), halves.pop("k"), heads)
+            session.tower[layer] = scores(halves.pop("q"), halves.pop("k"), heads)
 
     return [part.register_forward_hook(functools.partial(keep, name)) for name, part in parts.items()]
 
@@ -122,6 +125,14 @@ def cls_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
     q = query[:, 0].to(wide).unflatten(-1, (heads, -1))
     k = key.to(wide).unflatten(-1, (heads, -1))
     return torch.einsum("nhd,nphd->nhp", q, k) * q.shape[-1] ** -0.5
+
+
+def received_scores(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Log of the mean probs that each patch receives: query, key (N, P, H * D) -> (N, H, 1 + P), -inf in front."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    q, k = (part.to(wide).unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key))
+    probs = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
+    return torch.nn.functional.pad(probs.mean(2).log(), (1, 0), value=-torch.inf)
 
 
 def _after_tower(engine: Engine, module: nn.Module, args: Any, output: Any) -> Any:

@@ -84,6 +84,8 @@ class DAMRO(Method):
         variant: "paper", "released", "early" or "medheval", see above.
         order: of the K tokens in the second prompt: by "attention", as released, or by "position".
         mode: "contrast"; "filter" hides the outliers from the main stream and does nothing else.
+        extension: "received", ours, for towers without a CLS token (SigLIP): outliers are the patches that get most
+            attention from all patches. The paper's method is not defined there.
     """
 
     alpha: float = 2.0
@@ -92,6 +94,7 @@ class DAMRO(Method):
     variant: Literal["paper", "released", "early", "medheval"] = "paper"
     order: Literal["attention", "position"] = "attention"
     mode: Literal["contrast", "filter"] = "contrast"
+    extension: Literal["received"] | None = None
 
     name = "damro"
     paper = "DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination"
@@ -108,6 +111,7 @@ class DAMRO(Method):
             "variant": tuple(LAYERS),
             "order": ("attention", "position"),
             "mode": ("contrast", "filter"),
+            "extension": (None, "received"),
         }
         for field, known in choices.items():
             if getattr(self, field) not in known:
@@ -133,7 +137,7 @@ class DAMRO(Method):
         """
         kind = anatomy.model_type
         self._check(kind)
-        reader = Tower(self.layer)
+        reader = Tower(self.layer, received=self.extension is not None)
         if self.mode == "filter":
             layers = anatomy.self_layers
             return reader, Bias(layers, self.hide)
@@ -148,6 +152,8 @@ class DAMRO(Method):
         return reader, branch, Logits(self.contrast, (OUTLIERS,), needs_image=True)
 
     def _check(self, kind: str) -> None:
+        if self.extension and kind == "paligemma":
+            return
         if kind not in (*tower.PATCHWISE, *QFORMERS):
             raise CannotEdit(
                 f"damro is defined where image tokens are single patches of a tower with a CLS token, or where a "
@@ -165,7 +171,7 @@ class DAMRO(Method):
     def chosen(self, session: Session) -> tuple[tower.Patches, Tensor]:
         """Where the patches are, and each one's rank (N, P): below K for the outliers."""
         scores = tower.scores_of(session, self.layer, self.name)
-        found = outliers(scores, self.tokens, probs=self.variant == "medheval")
+        found = outliers(scores, self.tokens, probs=bool(self.extension) or self.variant == "medheval")
         return tower.patches_of(session, scores, self.name), ranks(found, scores.shape[2] - 1)
 
     def keep(self, session: Session) -> Tensor:
