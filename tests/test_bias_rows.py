@@ -122,6 +122,15 @@ def test_released_pai_leaves_the_prompts_row_alone_under_contrast() -> None:
     assert torch.equal(pai(alpha=0.9, gamma=1.0, variant="released"), pai(alpha=0.9, gamma=1.0))
 
 
+def test_pai_starts_at_the_third_layer() -> None:
+    family = build("llava")
+    inputs = family.batch(SPECS)
+    layers = tuple(range(2, len(family.attentions)))
+    whole = generate(family, inputs, regard.PAI(alpha=0.9, gamma=1.0))
+    assert torch.equal(whole, generate(family, inputs, regard.PAI(alpha=0.9, gamma=1.0, layers=layers)))
+    assert not torch.equal(whole, generate(family, inputs))
+
+
 def test_mma_without_layers_changes_nothing() -> None:
     family = build("llava")
     inputs = family.batch(SPECS)
