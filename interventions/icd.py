@@ -12,7 +12,8 @@ Which rows: the newest one, at every step.
 The role's tokens go in behind the image, before the question; a Q-Former that reads the instruction gets them
 too, behind its first token. Positions, masks and token types grow with the prompt. Ours: the role is read
 behind the last image of a prompt with several, and one special token that closes an image stays with it.
-The paper tries several roles; the default here is its "confused object detector".
+The paper tries several roles; the default here is the first clause of one, which goes on "to provide a fuzzy
+overview or impression of the image".
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def inserted(value: Tensor, places: Tensor, count: int, fill: Tensor | int | Non
     slots = torch.arange(value.shape[1] + count, device=value.device)
     start = places.to(value.device)[:, None]
     fresh = (slots >= start) & (slots < start + count)
-    source = torch.where(fresh, start - 1, slots - count * (slots >= start + count)).clamp_min(0)
+    source = torch.where(fresh, start - 1, slots - count * (slots >= start)).clamp_min(0)
     tail = (1,) * (value.ndim - 2)
     grown = torch.take_along_dim(value, source.view(*source.shape, *tail), 1)
     if fill is None:
