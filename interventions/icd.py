@@ -12,8 +12,7 @@ Which rows: the newest one, at every step.
 The role's tokens go in behind the image, before the question; a Q-Former that reads the instruction gets them
 too, behind its first token. Positions, masks and token types grow with the prompt. Ours: the role is read
 behind the last image of a prompt with several, and one special token that closes an image stays with it.
-The paper tries several roles; the default here is the first clause of one, which goes on "to provide a fuzzy
-overview or impression of the image".
+The paper tries several roles; the default here is the one of its first figure.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class ICD(Method):
 
     alpha: float = 1.0
     beta: float = 0.1
-    role: str = "You are a confused object detector."
+    role: str = "You are a confused object detector to provide a fuzzy overview or impression of the image."
     role_ids: tuple[int, ...] | None = None
     qformer_ids: tuple[int, ...] | None = None
     closing: tuple[int, ...] = ()

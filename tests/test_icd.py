@@ -7,6 +7,7 @@ import torch
 
 import regard
 from regard.evals.miniature import load_miniature
+from regard.evals.miniature.scenes import make_scene
 from regard.interventions.icd import ICD, inserted
 from tests.families import build
 from tests.test_contrast import CLOSE, cut, disturbed, forced, generate
@@ -76,8 +77,20 @@ def test_the_processor_has_the_tokens() -> None:
     assert made.role_ids == tuple(
         processor.tokenizer("is there a dog", add_special_tokens=False)["input_ids"]
     )
-    with regard.apply(model, "icd", processor=processor) as run:
-        assert run is not None
+    inputs = processor(images=[make_scene(4).image], text=["<image> is there a dog"], return_tensors="pt")
+    settings = {
+        "do_sample": False,
+        "max_new_tokens": 1,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    plain = model.generate(**inputs, **settings).logits[0]
+    with regard.apply(model, ICD(beta=0.0, role="is there a dog"), processor=processor):
+        by_processor = model.generate(**inputs, **settings).logits[0]
+    with regard.apply(model, ICD(beta=0.0, role_ids=made.role_ids, closing=made.closing)):
+        by_ids = model.generate(**inputs, **settings).logits[0]
+    assert torch.equal(by_processor, by_ids)
+    assert (by_processor - plain).abs().max() > 1e-2
 
 
 def test_what_is_refused() -> None:

@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import regard
 from tests.families import build
-from tests.test_contrast import CLOSE, SPECS, cut, forced, generate, text_only
+from tests.test_contrast import CLOSE, SPECS, cut, forced, generate, noisy_inputs, text_only
 
 RECIPES: dict[str, Any] = {
     "vcd": regard.VCD(alpha=2.0),
@@ -58,6 +58,15 @@ def test_rope_deltas_are_those_of_plain_generation(name: str, recipe: str) -> No
     holder.rope_deltas = None
     generate(family, inputs, RECIPES[recipe], steps=3)
     assert torch.equal(holder.rope_deltas, plain)
+
+
+def test_a_second_image_of_mllama_has_its_tiles_masked_at_every_step() -> None:
+    family = build("mllama")
+    inputs = family.batch(SPECS[:1])
+    ids, logits = generate(family, inputs, regard.VCD(alpha=1.5, beta=0.0, noise_step=700, seed=5), steps=3)
+    z, other = forced(family, inputs, ids[0]), forced(family, noisy_inputs(family, inputs), ids[0])
+    assert (z - other).abs().max() > 1e-2
+    assert torch.allclose(logits[0], 2.5 * z - 1.5 * other, **CLOSE)
 
 
 def test_m3id_as_avisc_has_it() -> None:
