@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .errors import CannotEdit
+from .errors import CannotEdit, NoObjectWords
 
 Kind = Literal["self", "cross", "joint"]
 Grid = tuple[int, int]
@@ -152,7 +152,7 @@ class Prompt:
         """The token indices of a word or phrase (its first occurrence in each text encoder), or of given indices.
 
         Raises:
-            ValueError: the concept is not in the prompt.
+            NoObjectWords: the concept is not in the prompt.
         """
         if not isinstance(concept, str):
             return tuple(concept)
@@ -164,7 +164,7 @@ class Prompt:
             if at is not None:
                 found += range(offset + at, offset + at + len(wanted))
         if not found:
-            raise ValueError(
+            raise NoObjectWords(
                 f"the concept {concept!r} is not in the prompt {self.text!r}: give a word or phrase as it stands "
                 "there, or token indices such as (2,)"
             )

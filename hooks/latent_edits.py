@@ -50,6 +50,8 @@ class Guidance:
         remember: maps of the step as it was denoised (z' included) -> what the next step's loss gets.
         refine: step -> the loss to reach by up to `refinements` further updates.
         refinements: most updates where `refine` asks for them.
+        refine_size: as `step_size`, for those updates; None is `step_size`.
+        overshoot: one more update after the threshold is met.
     """
 
     concepts: tuple[Concept, ...]
@@ -59,6 +61,8 @@ class Guidance:
     remember: Callable[[TextMaps], Any] | None = None
     refine: Mapping[int, float] = field(default_factory=dict)
     refinements: int = 20
+    refine_size: Callable[[int, int], float] | None = None
+    overshoot: bool = False
 
 
 @dataclass(frozen=True)
