@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..hooks.anatomy import Anatomy
+from ..hooks.denoiser import Denoiser
 from ..hooks.edits import Edit
+from ..hooks.latent_edits import LatentEdit
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """Base of the frozen dataclasses in this folder. Subclasses fill the class variables and `edits`."""
+class Published:
+    """Where a method was published, and what it costs; on the command line it is called `name`."""
 
     name: ClassVar[str]
     paper: ClassVar[str]
@@ -21,6 +23,11 @@ class Method(ABC):
     kind: ClassVar[str]
     cost: ClassVar[str]
     models: ClassVar[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Method(Published, ABC):
+    """Base of the frozen dataclasses for language models. Subclasses fill the class variables and `edits`."""
 
     @classmethod
     def for_model(cls, anatomy: Anatomy) -> Method:
@@ -34,3 +41,28 @@ class Method(ABC):
     @abstractmethod
     def edits(self, anatomy: Anatomy) -> Sequence[Edit]:
         """The edits it asks for on a model of this anatomy."""
+
+
+@dataclass(frozen=True)
+class LatentMethod(Published, ABC):
+    """Base of the frozen dataclasses for diffusers pipelines. `concepts` are what the prompt is about."""
+
+    concepts: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.concepts, str) or not self.concepts or any(not concept for concept in self.concepts):
+            raise ValueError(
+                f"concepts is {self.concepts!r}: give at least one word of the prompt, as in concepts=['cat', 'dog']"
+            )
+
+    @abstractmethod
+    def edits(self, denoiser: Denoiser) -> Sequence[LatentEdit]:
+        """The edits it asks for on this denoiser."""
+
+
+def schedule(scale: float, until: float, step: int, steps: int) -> float:
+    """Attend-and-Excite's step size, `scale * sqrt(r)` with r falling from 1 to 0.5; 0 after the share `until`."""
+    if step >= round(until * steps):
+        return 0.0
+    share: float = (1 - 0.5 * step / max(1, steps - 1)) ** 0.5
+    return scale * share
