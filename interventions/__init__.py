@@ -1,6 +1,8 @@
 """Published methods, one paper a file."""
 
 from .agla import AGLA
+from .astar import ASTAR
+from .attend_excite import AttendExcite
 from .damro import DAMRO
 from .divergence import Divergence, divergence
 from .dola import DoLa
@@ -24,6 +26,7 @@ from .vlsam import ObjectMap, ObjectMaps, object_maps
 
 __all__ = [
     "AGLA",
+    "ASTAR",
     "DAMRO",
     "ICD",
     "M3ID",
@@ -34,6 +37,7 @@ __all__ = [
     "VAR",
     "VCD",
     "VHR",
+    "AttendExcite",
     "AttentionMatcher",
     "BlipMatcher",
     "Divergence",

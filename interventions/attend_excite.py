@@ -35,8 +35,8 @@ class AttendExcite(LatentMethod):
         concepts: words or phrases as they stand in the prompt, or tuples of token indices; or a list of lists, one
             a prompt.
         scale: factor of the gradient in latent units; 0 is the stock pipeline.
-        alter: the number of altered steps, from the first, out of 50; other numbers of steps alter the same share.
-        thresholds: step, out of 50, to the least maximum of a map.
+        alter: the number of altered steps, from the first (the paper's 25 are of 50).
+        thresholds: step to the least maximum of a map.
         variant: "paper" or "released".
         normalize: see `word_maps`; "words" for SD 2.
         resolution: (h, w) of the maps.
@@ -71,13 +71,16 @@ class AttendExcite(LatentMethod):
             Guidance(
                 concepts=tuple(self.concepts),
                 loss=self.loss,
-                step_size=functools.partial(schedule, self.scale, self.alter / 50),
+                step_size=self._step_size,
                 resolution=self.resolution,
                 refine={step: 1 - least for step, least in self.thresholds.items()} if self.scale else {},
                 refine_size=functools.partial(schedule, self.scale, 1.0),
                 overshoot=self.variant == "released",
             ),
         )
+
+    def _step_size(self, step: int, steps: int) -> float:
+        return schedule(self.scale, 1.0, step, steps) if step < self.alter else 0.0
 
     def loss(self, maps: TextMaps, kept: None) -> Tensor:
         """(B,) losses in [0, 1]."""

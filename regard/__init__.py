@@ -19,6 +19,12 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "divergence": "interventions",
     "object_maps": "interventions",
     "sink_dimensions": "interventions",
+    "ASTAR": "interventions",
+    "AttendExcite": "interventions",
+    "Attend": "hooks.latent_edits",
+    "Guidance": "hooks.latent_edits",
+    "Watch": "hooks.latent_edits",
+    "PipelineRun": "hooks.pipeline_run",
     "VHR": "interventions",
     "VAR": "interventions",
     "DoLa": "interventions",
@@ -88,8 +94,13 @@ if TYPE_CHECKING:
     from .hooks.errors import OutOfRange as OutOfRange
     from .hooks.errors import RegardError as RegardError
     from .hooks.errors import UnknownName as UnknownName
+    from .hooks.latent_edits import Attend as Attend
+    from .hooks.latent_edits import Guidance as Guidance
+    from .hooks.latent_edits import Watch as Watch
+    from .hooks.pipeline_run import PipelineRun as PipelineRun
     from .hooks.run import Run as Run
     from .interventions import AGLA as AGLA
+    from .interventions import ASTAR as ASTAR
     from .interventions import DAMRO as DAMRO
     from .interventions import ICD as ICD
     from .interventions import M3ID as M3ID
@@ -100,6 +111,7 @@ if TYPE_CHECKING:
     from .interventions import VAR as VAR
     from .interventions import VCD as VCD
     from .interventions import VHR as VHR
+    from .interventions import AttendExcite as AttendExcite
     from .interventions import AttentionMatcher as AttentionMatcher
     from .interventions import BlipMatcher as BlipMatcher
     from .interventions import DoLa as DoLa
