@@ -123,7 +123,9 @@ def denoiser_of(pipe: Any) -> Denoiser:
             )
         sites = tuple(_sites(module, family))
         if all(site.kind == "self" for site in sites):
-            raise CannotEdit(f"{type(pipe).__name__}.{name} ({type(module).__name__}) has no attention to text")
+            raise CannotEdit(
+                f"{type(pipe).__name__}.{name} ({type(module).__name__}) has no attention to text"
+            )
         return Denoiser(name, module, family, sites)
     raise CannotEdit(f"{type(pipe).__name__} has neither a unet nor a transformer")
 
@@ -132,7 +134,9 @@ def _sites(module: nn.Module, family: str) -> list[AttentionSite]:
     found = []
     for name, part in module.named_modules():
         if family == "unet" and type(part).__name__ == "Attention":
-            found.append(AttentionSite(name, part, "cross" if getattr(part, "is_cross_attention", False) else "self"))
+            found.append(
+                AttentionSite(name, part, "cross" if getattr(part, "is_cross_attention", False) else "self")
+            )
         elif family == "sd3" and type(part).__name__ == "Attention":
             found.append(AttentionSite(name, part, "self" if part.add_k_proj is None else "joint"))
         elif family == "flux" and type(part).__name__ == "FluxAttention":
@@ -173,7 +177,9 @@ class Prompt:
 
 def prompt_of(pipe: Any, denoiser: Denoiser, text: str) -> Prompt:
     """Tokenise a prompt as the pipeline's text encoders do."""
-    names = {"unet": ["tokenizer"], "sd3": ["tokenizer", "tokenizer_3"], "flux": ["tokenizer_2"]}[denoiser.family]
+    names = {"unet": ["tokenizer"], "sd3": ["tokenizer", "tokenizer_3"], "flux": ["tokenizer_2"]}[
+        denoiser.family
+    ]
     offset, segments, content = 0, [], []
     for name in names:
         tokenizer = getattr(pipe, name, None)

@@ -111,7 +111,9 @@ class DiffusionEngine:
         maps = any(isinstance(edit, (Guidance, Watch)) for edit in edits)
         for site in self.denoiser.sites:
             if (maps and site.kind != "self") or any(_takes(edit, site) for edit in edits):
-                self._handles.append(site.module.register_forward_pre_hook(functools.partial(self._enter, site)))
+                self._handles.append(
+                    site.module.register_forward_pre_hook(functools.partial(self._enter, site))
+                )
                 leave = functools.partial(self._leave, site)
                 self._handles.append(site.module.register_forward_hook(leave, always_call=True))
 
@@ -231,7 +233,9 @@ class DiffusionEngine:
             texts = [""] * len(each)
         prompts = [prompt_of(self.pipe, self.denoiser, text) for text in texts]
         if len(each) not in (1, len(prompts)):
-            raise NoObjectWords(f"{len(each)} lists of concepts for {len(prompts)} prompts: give one, or one a prompt")
+            raise NoObjectWords(
+                f"{len(each)} lists of concepts for {len(prompts)} prompts: give one, or one a prompt"
+            )
         found, content = [], []
         for place, prompt in enumerate(prompts):
             own = each[place if len(each) > 1 else 0]
@@ -242,7 +246,9 @@ class DiffusionEngine:
             found.append(indices)
             content.append(prompt.content or tuple(range(1, tokens - 1)))
         repeat = images // len(prompts)
-        return tuple(x for x in found for _ in range(repeat)), tuple(x for x in content for _ in range(repeat))
+        return tuple(x for x in found for _ in range(repeat)), tuple(
+            x for x in content for _ in range(repeat)
+        )
 
     # ---- guidance -------------------------------------------------------------------------------
 
@@ -257,7 +263,9 @@ class DiffusionEngine:
             if size == 0 and clock.step not in edit.refine:
                 continue
             if torch.is_inference_mode_enabled():
-                raise CannotEdit("guidance needs gradients: call the pipeline outside of torch.inference_mode()")
+                raise CannotEdit(
+                    "guidance needs gradients: call the pipeline outside of torch.inference_mode()"
+                )
             latents = inputs[self.denoiser.latent]
             moved = torch.zeros_like(latents, dtype=torch.float32) if clock.moved is None else clock.moved
             moved, losses = self._descend(contribution, edit, inputs, moved, size)
@@ -265,7 +273,12 @@ class DiffusionEngine:
             clock.moved = moved
 
     def _descend(
-        self, contribution: LatentContribution, edit: Guidance, inputs: dict[str, Any], moved: Tensor, size: float
+        self,
+        contribution: LatentContribution,
+        edit: Guidance,
+        inputs: dict[str, Any],
+        moved: Tensor,
+        size: float,
     ) -> tuple[Tensor, Tensor]:
         """One step's updates; returns how far the latents have moved, and the (B,) losses before."""
         step = self._clock.step  # type: ignore[union-attr]
@@ -295,7 +308,10 @@ class DiffusionEngine:
         with torch.enable_grad(), frozen(self.denoiser.module):
             leaf = moved.detach().clone().requires_grad_(True)
             latents = inputs[name]
-            given = {**inputs, name: (latents.detach() + clock.scale(inputs["timestep"]) * leaf).to(latents.dtype)}
+            given = {
+                **inputs,
+                name: (latents.detach() + clock.scale(inputs["timestep"]) * leaf).to(latents.dtype),
+            }
             collector = Collector({grid}, slice(None), self._expected.get(key) if stop else None)
             self._now = _Forward(given, slice(None), collector, inner=True)
             try:
@@ -350,7 +366,14 @@ class DiffusionEngine:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **rest
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                **rest,
             )
 
         text = now.inputs["encoder_hidden_states"].shape[1]
@@ -358,10 +381,24 @@ class DiffusionEngine:
         count = image.stop - image.start
         grid = next((grid for grid in self.denoiser.grids(now.inputs) if grid[0] * grid[1] == count), None)
         if grid is None:
-            raise CannotEdit(f"{self.denoiser.name}.{site.name} has {count} image tokens, which fit no known grid")
+            raise CannotEdit(
+                f"{self.denoiser.name}.{site.name} has {count} image tokens, which fit no known grid"
+            )
         columns = self.denoiser.text_tokens(site, key.shape[2], text)
         call = AttentionCall(
-            site, query, key, value, attn_mask, scale, now.rows, grid, image, columns, clock.step, clock.steps, attend
+            site,
+            query,
+            key,
+            value,
+            attn_mask,
+            scale,
+            now.rows,
+            grid,
+            image,
+            columns,
+            clock.step,
+            clock.steps,
+            attend,
         )
         if now.collector is not None:
             now.collector.add(call)

@@ -49,7 +49,9 @@ class AttendExcite(LatentMethod):
     paper: ClassVar[str] = "Attend-and-Excite: Attention-Based Semantic Guidance (SIGGRAPH 2023)"
     arxiv: ClassVar[str] = "2301.13826"
     kind: ClassVar[str] = "latent guidance"
-    cost: ClassVar[str] = "a forward and backward of the conditional rows a step for half of the steps, and up to 60 more"
+    cost: ClassVar[str] = (
+        "a forward and backward of the conditional rows a step for half of the steps, and up to 60 more"
+    )
     models: ClassVar[tuple[str, ...]] = ("stable-diffusion",)
 
     concepts: Sequence[Any] = ()

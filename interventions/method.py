@@ -50,7 +50,11 @@ class LatentMethod(Published, ABC):
     concepts: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.concepts, str) or not self.concepts or any(not concept for concept in self.concepts):
+        if (
+            isinstance(self.concepts, str)
+            or not self.concepts
+            or any(not concept for concept in self.concepts)
+        ):
             raise ValueError(
                 f"concepts is {self.concepts!r}: give at least one word of the prompt, as in concepts=['cat', 'dog']"
             )

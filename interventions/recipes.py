@@ -141,7 +141,9 @@ def resolve(
     found = [recipe(item, model, **options) if isinstance(item, str) else item for item in items]
     if is_pipeline(model):
         return [_for_pipeline(item, model) for item in found]
-    if wrong := next((item for item in found if isinstance(item, (LatentMethod, Attend, Guidance, Watch))), None):
+    if wrong := next(
+        (item for item in found if isinstance(item, (LatentMethod, Attend, Guidance, Watch))), None
+    ):
         raise CannotEdit(f"{type(wrong).__name__} edits a diffusers pipeline, not {type(model).__name__}")
     if processor is None:
         return found
@@ -180,7 +182,12 @@ def apply(model: Any, *interventions: Any, processor: Any = None, **options: Any
     return PipelineRun(model, found) if is_pipeline(model) else Run(model, found)
 
 
-def wrap(model: T, *interventions: str | Intervention | Edit | LatentMethod | LatentEdit, processor: Any = None, **options: Any) -> T:
+def wrap(
+    model: T,
+    *interventions: str | Intervention | Edit | LatentMethod | LatentEdit,
+    processor: Any = None,
+    **options: Any,
+) -> T:
     """Edit a model or pipeline until `unwrap`; returns the same object. Errors are those of `apply`."""
     found = resolve(model, interventions, processor, options)
     return pipeline_run.wrap(model, found) if is_pipeline(model) else runs.wrap(model, found)

@@ -102,7 +102,9 @@ def fitted(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     """
     height, width = masks.shape[1:]
     if abs(height * grid[1] - width * grid[0]) > max(height, width):
-        raise ValueError(f"masks of {height}x{width} do not have the aspect ratio of the image ({grid[0]}x{grid[1]})")
+        raise ValueError(
+            f"masks of {height}x{width} do not have the aspect ratio of the image ({grid[0]}x{grid[1]})"
+        )
     shares = F.adaptive_avg_pool2d(masks[None], grid)[0]
     best = shares == shares.amax((-2, -1), keepdim=True)
     return ((shares >= 0.5) | ((shares.amax((-2, -1), keepdim=True) < 0.5) & best)).float()

@@ -117,7 +117,12 @@ def build(kind: str, seed: int = 0) -> Any:
         module = getattr(pipe, name, None)
         for parameter in module.parameters() if module is not None else ():
             if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)  # else attention is flat
+                torch.nn.init.normal_(
+                    parameter, std=1.2 / parameter[0].numel() ** 0.5
+                )  # else attention is flat
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -33,7 +33,9 @@ def test_a_null_edit_and_its_removal_are_bit_exact(pipes: dict[str, Any], kind: 
         with run.off():
             assert torch.equal(latents(pipe), stock)
     sites = [name for name, part in pipe.components.items() if name in ("unet", "transformer")]
-    assert len(reached) == sum("ttention" in type(m).__name__ and hasattr(m, "to_q") for m in pipe.components[sites[0]].modules())
+    assert len(reached) == sum(
+        "ttention" in type(m).__name__ and hasattr(m, "to_q") for m in pipe.components[sites[0]].modules()
+    )
     assert torch.equal(latents(pipe), stock)
     assert "step" not in vars(pipe.scheduler)
     assert "encode_prompt" not in vars(pipe)
@@ -54,9 +56,8 @@ def test_an_edit_acts_in_every_attention(pipes: dict[str, Any], kind: str) -> No
     try:  # the same by hand, everywhere in the denoiser
         inside = []
         module.register_forward_pre_hook(lambda *a: inside.append(1))
-        module.register_forward_hook(lambda *a: inside.pop())
+        module.register_forward_hook(lambda *a: inside.clear())
         F.scaled_dot_product_attention = lambda *a, **k: stock(*a, **k) * (0.5 if inside else 1.0)
-        torch.nn.functional.scaled_dot_product_attention = F.scaled_dot_product_attention
         assert torch.allclose(latents(pipe), edited, atol=1e-5)
     finally:
         F.scaled_dot_product_attention = stock
@@ -114,16 +115,25 @@ def test_words_are_found_where_the_text_encoders_put_them(pipes: dict[str, Any],
 
 def guidance(**more: Any) -> Any:
     """Pull all attention to the first word."""
-    loss = lambda maps, kept: -torch.stack(  # noqa: E731
-        [probs[..., list(found[0])].mean() for probs, found in zip(maps.probs, maps.concepts, strict=True)]
+    loss = lambda maps, kept: (
+        -torch.stack(  # noqa: E731
+            [
+                probs[..., list(found[0])].mean()
+                for probs, found in zip(maps.probs, maps.concepts, strict=True)
+            ]
+        )
     )
-    return regard.Guidance(**{"concepts": tuple(WORDS), "loss": loss, "step_size": lambda step, steps: 40.0, **more})
+    return regard.Guidance(
+        **{"concepts": tuple(WORDS), "loss": loss, "step_size": lambda step, steps: 100.0, **more}
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_lowers_its_loss(pipes: dict[str, Any], kind: str) -> None:
     pipe, before, after = pipes[kind], [], []
-    see = lambda kept: regard.Watch(tuple(WORDS), lambda maps: kept.append(maps.probs[..., list(maps.concepts[0][0])].mean().item()))  # noqa: E731
+    see = lambda kept: regard.Watch(
+        tuple(WORDS), lambda maps: kept.append(maps.probs[..., list(maps.concepts[0][0])].mean().item())
+    )  # noqa: E731
     stock = latents(pipe)
     with regard.apply(pipe, see(before)):
         latents(pipe)
@@ -177,9 +187,11 @@ def test_guidance_is_the_loop_by_hand(scheduler: Any) -> None:
     if scheduler is not None:
         options = {"skip_prk_steps": True} if scheduler is PNDMScheduler else {}
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **options)
-    wanted = by_hand(pipe, 5, 40.0)
+    pipe.scheduler.set_timesteps(5)
+    size = 400.0 * float(pipe.scheduler.init_noise_sigma) ** 2
+    wanted = by_hand(pipe, 5, size)
     stock = latents(pipe, steps=5)
-    with regard.apply(pipe, guidance(resolution=(16, 16))) as run:
+    with regard.apply(pipe, guidance(resolution=(16, 16), step_size=lambda step, steps: size)) as run:
         found = latents(pipe, steps=5)
     assert (found - wanted).abs().max() < 1e-3 * (wanted - stock).abs().max()
     steps = run.report().to_dict()["interventions"][0]["losses"]
@@ -193,12 +205,16 @@ def test_a_batch_is_its_prompts_one_by_one(pipes: dict[str, Any], kind: str) -> 
     channels = (4, 16, 16)
     noise = torch.randn(4, *channels, generator=torch.Generator().manual_seed(1))
     if kind == "flux":
-        noise = noise.unflatten(2, (8, 2)).unflatten(4, (8, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        noise = (
+            noise.unflatten(2, (8, 2)).unflatten(4, (8, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        )
     assert noise.shape[1:] == shape
     prompts = ["an apple and a dog", "a dog and an apple"]
-    with regard.apply(pipe, guidance()):
+    stock = latents(pipe, prompts, latents=noise, num_images_per_prompt=2)
+    size = 2e5 if kind == "sdxl" else 100.0  # its latents are large and its words far apart
+    with regard.apply(pipe, guidance(step_size=lambda step, steps: size)):
         together = latents(pipe, prompts, latents=noise, num_images_per_prompt=2)
+        effect = (together - stock).abs().amax(tuple(range(1, stock.ndim)))
         for row in range(4):
             single = latents(pipe, prompts[row // 2], latents=noise[row : row + 1])
-            assert (single - together[row]).abs().max() < 2e-3 * (noise[row] - together[row]).abs().max()
-    assert (together - latents(pipe, prompts, latents=noise, num_images_per_prompt=2)).abs().max() > 1e-2
+            assert (single - together[row]).abs().max() < 1e-2 * effect[row]

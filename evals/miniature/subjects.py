@@ -103,7 +103,9 @@ def draw_picture(
         if len(slots) > 2:
             width, height = width * 2 // 3, height * 2 // 3
         lane = side / len(slots)
-        left = round(min(max(lane * (place + 0.5) - width / 2 + rng.uniform(-0.1, 0.1) * side, 0), side - width))
+        left = round(
+            min(max(lane * (place + 0.5) - width / 2 + rng.uniform(-0.1, 0.1) * side, 0), side - width)
+        )
         top = round(side * rng.uniform(0.72, 0.94)) - height
         tile = draw_object(*slots[index], width, height, rng, mirror=rng.random() < 0.5)
         image.paste(tile, (left, top), tile)
@@ -117,6 +119,8 @@ def training_example(seed: int) -> tuple[np.ndarray, str]:
     rng = random.Random(f"t2i/{seed}")
     names = [rng.choice(SUBJECTS)]
     if rng.random() < 0.5:
-        names.append(rng.choice([name for name in SUBJECTS if name != names[0] and not held_out(name, names[0])]))
+        names.append(
+            rng.choice([name for name in SUBJECTS if name != names[0] and not held_out(name, names[0])])
+        )
     shown = rng.sample(names, 1) if len(names) > 1 and rng.random() < NEGLECT else names
     return np.asarray(draw_picture(shown, rng).image), caption(names)

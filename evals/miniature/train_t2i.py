@@ -121,7 +121,9 @@ def train_vae(pool: np.ndarray, options: argparse.Namespace) -> Any:
 @torch.no_grad()
 def encode(vae: Any, pool: np.ndarray, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation (N, 8, 16, 16) of the scaled latents of all pictures."""
-    found = [vae.encode(to_tensor(part, device)).latent_dist for part in np.array_split(pool, len(pool) // 100)]
+    found = [
+        vae.encode(to_tensor(part, device)).latent_dist for part in np.array_split(pool, len(pool) // 100)
+    ]
     scale = vae.config.scaling_factor
     return torch.cat([part.mean for part in found]) * scale, torch.cat([part.std for part in found]) * scale
 
@@ -132,10 +134,14 @@ def train_unet(vae: Any, pool: np.ndarray, captions: list[str], options: argpars
 
     pipe = build_pipeline(vae)
     model = torch.nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder}).to(options.device)
-    pipe.unet.set_attn_processor(AttnProcessor())  # in bf16 the CPU's flash attention is slow to differentiate
+    pipe.unet.set_attn_processor(
+        AttnProcessor()
+    )  # in bf16 the CPU's flash attention is slow to differentiate
     loop = Loop("unet", model, options)
     latents = encode(vae, pool, options.device)
-    tokens = pipe.tokenizer([*captions, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokens = pipe.tokenizer(
+        [*captions, ""], padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     alphas = pipe.scheduler.alphas_cumprod.to(options.device)
 
     def loss_of(step: int) -> torch.Tensor:
@@ -187,9 +193,13 @@ def train_judge(vae: Any, options: argparse.Namespace) -> Any:
         half = BATCH // 2
         with torch.no_grad():
             latent = vae.encode(images[:half]).latent_dist.sample()
-            images[:half] = vae.decode(latent + 0.1 * latent.std() * torch.randn_like(latent)).sample.clamp(-1, 1)
+            images[:half] = vae.decode(latent + 0.1 * latent.std() * torch.randn_like(latent)).sample.clamp(
+                -1, 1
+            )
         logits = judge(images).logits
-        return functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(np.stack(told)).to(logits))
+        return functional.binary_cross_entropy_with_logits(
+            logits, torch.from_numpy(np.stack(told)).to(logits)
+        )
 
     return loop.run(loss_of)
 
@@ -197,7 +207,9 @@ def train_judge(vae: Any, options: argparse.Namespace) -> Any:
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline and the training state")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the pipeline and the training state"
+    )
     parser.add_argument("--stage", choices=["vae", "unet", "judge"], help="stop after this stage")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on every stage's steps")
     parser.add_argument("--device", default="cpu")
