@@ -46,7 +46,7 @@ class Denoiser:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     family: str
     sites: tuple[AttentionSite, ...]
 

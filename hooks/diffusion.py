@@ -345,8 +345,8 @@ class DiffusionEngine:
             processor = type(getattr(module, "processor", None)).__name__
             raise CannotEdit(
                 f"{self.denoiser.name}.{site.name} ({processor}) does not call scaled_dot_product_attention, so it "
-                "cannot be edited: use the native attention (set_default_attn_processor, no attention slicing, "
-                "xformers or flash backend)"
+                "cannot be edited: give it back its own processor, as in set_attn_processor(AttnProcessor2_0()), without "
+                "attention slicing, xformers or a backend other than native"
             )
 
     def _attend(
@@ -362,7 +362,8 @@ class DiffusionEngine:
         **rest: Any,
     ) -> Tensor:
         now, clock = self._now, self._clock
-        assert now is not None and clock is not None
+        assert now is not None
+        assert clock is not None
 
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
             return F.scaled_dot_product_attention(

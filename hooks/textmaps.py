@@ -63,8 +63,8 @@ class Collector:
         return self.sums[grid] / self.counts[grid]
 
 
-class Enough(Exception):  # noqa: N818 - no error: the rest of the forward is not needed
-    """All maps are in."""
+class Enough(Exception):
+    """All maps are in: the rest of the forward is not needed. Not an error."""
 
 
 @contextmanager

@@ -17,7 +17,10 @@ from .word_maps import Normalize, binarized, check_masks, fitted, word_maps
 
 
 def segregation_loss(maps: Tensor) -> Tensor:
-    """`L_seg = sum_{m > n} sum min(A_m, A_n) / sum (A_m + A_n)` of maps (C, h, w); equation 2. Each pair in [0, 1/2]."""
+    """`L_seg = sum_{m > n} sum min(A_m, A_n) / sum (A_m + A_n)` of maps (C, h, w); equation 2.
+
+    Each pair is in [0, 1/2].
+    """
     pairs = [_shared(one, two) for one, two in combinations(maps, 2)]
     return torch.stack(pairs).sum() if pairs else maps.sum() * 0
 

@@ -33,7 +33,8 @@ def _vae(channels: int, **more: Any) -> Any:
 
     return AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=channels, norm_num_groups=4, **more,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, latent_channels=channels,
+        norm_num_groups=4, **more,
     )  # fmt: skip
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import regard
 import torch
+
+import regard
 from regard.hooks.latent_edits import TextMaps
 from regard.interventions.astar import retention_loss, segregation_loss
 from regard.interventions.word_maps import binarized, otsu, smoothed, word_maps
-
 from tests.pipelines import PROMPT, build, latents
 
 WORDS = ["dog", "apple"]
@@ -152,7 +152,6 @@ def test_attend_and_excite_is_diffusers_own(refine: dict[int, float]) -> None:
         PROMPT, token_indices=[2, 5], latents=noise, num_inference_steps=4, guidance_scale=4.0, height=32, width=32,
         max_iter_to_alter=3, thresholds=refine, scale_factor=scale, attn_res=(16, 16), output_type="latent",
     ).images  # fmt: skip
-    pipe.unet.set_default_attn_processor()
     stock = latents(pipe, latents=noise)
     options: dict[str, Any] = {"concepts": WORDS, "alter": 3, "thresholds": refine, "scale": float(scale)}
     with regard.apply(pipe, "attend-excite", **options, variant="released", resolution=(16, 16)) as run:

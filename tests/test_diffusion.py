@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-import regard
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 from torch.nn import functional as F
 
+import regard
 from tests.pipelines import KINDS, PROMPT, build, latents
 
 WORDS = ["dog", "apple"]
@@ -113,31 +113,33 @@ def test_words_are_found_where_the_text_encoders_put_them(pipes: dict[str, Any],
         assert len(plant) == 4
 
 
+def first_word(maps: Any) -> torch.Tensor:
+    """(B,) how much of all attention goes to the first word."""
+    pairs = zip(maps.probs, maps.concepts, strict=True)
+    return torch.stack([probs[..., list(found[0])].mean() for probs, found in pairs])
+
+
 def guidance(**more: Any) -> Any:
     """Pull all attention to the first word."""
-    loss = lambda maps, kept: (
-        -torch.stack(  # noqa: E731
-            [
-                probs[..., list(found[0])].mean()
-                for probs, found in zip(maps.probs, maps.concepts, strict=True)
-            ]
-        )
-    )
-    return regard.Guidance(
-        **{"concepts": tuple(WORDS), "loss": loss, "step_size": lambda step, steps: 100.0, **more}
-    )
+    options = {
+        "concepts": tuple(WORDS),
+        "loss": lambda maps, kept: -first_word(maps),
+        "step_size": lambda step, steps: 100.0,
+    }
+    return regard.Guidance(**{**options, **more})
+
+
+def watch(kept: list[float]) -> Any:
+    return regard.Watch(tuple(WORDS), lambda maps: kept.append(first_word(maps).item()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_lowers_its_loss(pipes: dict[str, Any], kind: str) -> None:
     pipe, before, after = pipes[kind], [], []
-    see = lambda kept: regard.Watch(
-        tuple(WORDS), lambda maps: kept.append(maps.probs[..., list(maps.concepts[0][0])].mean().item())
-    )  # noqa: E731
     stock = latents(pipe)
-    with regard.apply(pipe, see(before)):
+    with regard.apply(pipe, watch(before)):
         latents(pipe)
-    with regard.apply(pipe, guidance(), see(after)) as run:
+    with regard.apply(pipe, guidance(), watch(after)) as run:
         moved = latents(pipe)
     assert not torch.equal(moved, stock)
     assert sum(after) > sum(before)

@@ -1,7 +1,7 @@
 """The text-to-image miniature's parts: real diffusers and transformers classes, small sizes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .subjects import SIDE, SUBJECTS, colours
 
@@ -17,7 +17,7 @@ def build_tokenizer() -> Any:
     words = dict.fromkeys([*_WORDS, *(part for name in SUBJECTS for part in name.split())])
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     pieces = [*letters, *(letter + "</w>" for letter in letters)]
-    merges: dict[tuple[str, str], None] = {}
+    merges: dict[tuple[str, str], None] = {}  # ordered, without repeats
     for word in words:
         left = word[0]
         for index, letter in enumerate(word[1:], start=2):
@@ -28,7 +28,7 @@ def build_tokenizer() -> Any:
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=TOKENS)
+    return CLIPTokenizer(vocab=vocabulary, merges=cast(Any, list(merges)), model_max_length=TOKENS)
 
 
 def build_vae() -> Any:

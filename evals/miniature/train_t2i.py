@@ -80,8 +80,8 @@ class Loop:
             with torch.no_grad():
                 for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     mean.lerp_(value, 1 - decay)
-                for mean, value in zip(self.average.buffers(), self.model.buffers(), strict=True):
-                    mean.copy_(value)
+                for kept, now in zip(self.average.buffers(), self.model.buffers(), strict=True):
+                    kept.copy_(now)
             meter = 0.98 * meter + 0.02 * loss.item() if meter else loss.item()
             if (step + 1) % 50 == 0:
                 speed = (step + 1 - first) * BATCH / (time.time() - begun)
@@ -130,7 +130,7 @@ def encode(vae: Any, pool: np.ndarray, device: str) -> tuple[torch.Tensor, torch
 
 def train_unet(vae: Any, pool: np.ndarray, captions: list[str], options: argparse.Namespace) -> Any:
     """Text model and U-Net: v-prediction with min-SNR weights, one caption in ten left out."""
-    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     pipe = build_pipeline(vae)
     model = torch.nn.ModuleDict({"unet": pipe.unet, "text": pipe.text_encoder}).to(options.device)
@@ -165,7 +165,7 @@ def train_unet(vae: Any, pool: np.ndarray, captions: list[str], options: argpars
     trained = cast(Any, loop.run(loss_of))
     pipe.unet.load_state_dict(trained["unet"].state_dict())
     pipe.text_encoder.load_state_dict(trained["text"].state_dict())
-    pipe.unet.set_default_attn_processor()
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
     return pipe
 
 
