@@ -32,7 +32,7 @@ class Clock:
         return len(self._pipe.scheduler.timesteps)
 
     def tick(self, timestep: Any) -> bool:
-        """Note a forward at this timestep. True where it is the step's first (the conditional one, if there are two)."""
+        """Note a forward at this timestep. True where it is the step's first, the conditional one if there are two."""
         self._follow(self._pipe.scheduler)
         if not self._stepped:
             return False

@@ -345,8 +345,8 @@ class DiffusionEngine:
             processor = type(getattr(module, "processor", None)).__name__
             raise CannotEdit(
                 f"{self.denoiser.name}.{site.name} ({processor}) does not call scaled_dot_product_attention, so it "
-                "cannot be edited: give it back its own processor, as in set_attn_processor(AttnProcessor2_0()), without "
-                "attention slicing, xformers or a backend other than native"
+                "cannot be edited: give it back its own processor, as in set_attn_processor(AttnProcessor2_0()), no "
+                "attention slicing, no xformers, and no backend but the native one"
             )
 
     def _attend(
