@@ -209,20 +209,30 @@ def _setting(recipe: Recipe, model: Any, label: str | None = None) -> Setting:
 def _named(text: str, model: Any) -> Any:
     from ..interventions import recipe as find
 
-    name, *settings = text.split(":")
+    name, changes = parse_options(text)
     if name == BASELINE:
         return BASELINE
     found = find(name, model)
-    changes = {}
+    known = [field.name for field in dataclasses.fields(found)]
+    if wrong := next((key for key in changes if key not in known), None):
+        raise UnknownName(f"setting of {name}", wrong, known)
+    return dataclasses.replace(found, **changes) if changes else found
+
+
+def parse_options(text: str) -> tuple[str, dict[str, Any]]:
+    """`astar:scale=40:until=0.5` as its name and its settings.
+
+    Raises:
+        EvalError: a part without "=".
+    """
+    name, *settings = text.split(":")
+    found = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        known = [field.name for field in dataclasses.fields(found)]
         if not equals:
-            raise EvalError(f"{text!r}: {setting!r} is no setting; write {name}:{known[0]}=VALUE")
-        if key not in known:
-            raise UnknownName(f"setting of {name}", key, known)
-        changes[key] = _value(value)
-    return dataclasses.replace(found, **changes) if changes else found
+            raise EvalError(f"{text!r}: {setting!r} is no setting; write {name}:NAME=VALUE")
+        found[key] = _value(value)
+    return name, found
 
 
 def _value(text: str) -> Any:

@@ -117,17 +117,31 @@ def demo(
 @app.command()
 @_reported
 def bench(
-    benchmarks: Annotated[list[str], typer.Argument(help="pope, chair, or both.")],
+    benchmarks: Annotated[list[str], typer.Argument(help="pope, chair, or both; or subjects.")],
     model: ModelOption,
     out: Annotated[str, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
-    recipes: RecipesOption = "none,vhr,var",
+    recipes: Annotated[
+        str | None,
+        typer.Option(
+            help='Comma-separated names. "none", the baseline, always runs. Settings: `var:transfer=0.3`. '
+            "Several at once: `vhr+var`. Default: none,vhr,var; for subjects none,attend-excite,astar."
+        ),
+    ] = None,
     data: Annotated[
         str, typer.Option(help='"miniature", or a folder with images and COCO annotations or POPE questions.')
     ] = "miniature",
     images: Annotated[str | None, typer.Option(help="Folder of the images, when it is another.")] = None,
-    items: ItemsOption = 600,
+    items: Annotated[
+        int | None,
+        typer.Option(
+            help="Most images (600); POPE asks up to 18 questions on each. For subjects: prompts for each number "
+            "of subjects (90).",
+            min=1,
+        ),
+    ] = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
+    steps: Annotated[int, typer.Option(help="Denoising steps of subjects.", min=1)] = 50,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Limit of one answer. Default: 16 for POPE, 512 for CHAIR.", min=1)
     ] = None,
@@ -155,7 +169,17 @@ def bench(
 
     The data folder holds images, and `instances*.json` with `captions*.json` (COCO) or `*pope*.json`
     (questions), at any depth. An `images.txt` with one name per line limits the images.
+
+    subjects draws prompts of one to three subjects with the text-to-image miniature or a pipeline that knows them:
+    `regard bench subjects --model miniature --out runs/subjects`
     """
+    if "subjects" in benchmarks:
+        if len(benchmarks) > 1:
+            raise ValueError(
+                "subjects needs a diffusers pipeline, the others a language model: run it by itself"
+            )
+        _bench_subjects(model, recipes, out, items or 90, seed, batch_size, steps)
+        return
     from .evals.runner import check_names
     from .evals.sources import find_sources
 
@@ -163,7 +187,7 @@ def bench(
     sources = data if data == "miniature" else find_sources(data, images)
     loaded, processor = load_model(model, dtype, device)
     _bench(
-        loaded, processor, benchmarks, recipes, sources, out, items=items, seed=seed, batch_size=batch_size,
+        loaded, processor, benchmarks, recipes or "none,vhr,var", sources, out, items=items or 600, seed=seed, batch_size=batch_size,
         max_new_tokens=max_new_tokens, temperature=temperature, num_beams=num_beams,
         question_suffix=question_suffix.replace("\\n", "\n"), parser=parser, words=words,
     )  # fmt: skip
@@ -176,6 +200,28 @@ def _bench(
 
     command = shlex.join(["regard", *sys.argv[1:]])
     results = evaluate(model, processor, benchmarks, recipes, data, out=out, command=command, **options)
+    _show(results)
+
+
+def _bench_subjects(
+    model: str, recipes: str | None, out: str, items: int, seed: int, batch_size: int, steps: int
+) -> None:
+    from .evals.subjects import RECIPES, evaluate_subjects
+
+    if model == "miniature":
+        from .evals.miniature import load_miniature
+
+        pipe = load_miniature("t2i")
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    command = shlex.join(["regard", *sys.argv[1:]])
+    results = evaluate_subjects(
+        pipe, None, recipes or RECIPES, out=out, items=items, seed=seed, batch_size=batch_size, steps=steps,
+        command=command,
+    )  # fmt: skip
     _show(results)
 
 

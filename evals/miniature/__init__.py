@@ -6,21 +6,21 @@ from typing import Any
 _FOLDER = Path(__file__).resolve().parent
 
 
-def load_miniature(kind: str = "lvlm") -> tuple[Any, Any]:
-    """Load an embedded model: (model in eval mode, fp32, on the CPU; its processor).
+def load_miniature(kind: str = "lvlm") -> Any:
+    """Load an embedded model, in eval mode, fp32, on the CPU.
 
     Args:
-        kind: `lvlm`, a `LlavaForConditionalGeneration` with its `LlavaProcessor`.
+        kind: `lvlm`, a `LlavaForConditionalGeneration` and its `LlavaProcessor`; `t2i`, a `StableDiffusionPipeline`.
 
     Raises:
         ValueError: for any other kind.
     """
     if kind == "t2i":
-        raise ValueError(
-            "load_miniature('t2i'): the text-to-image miniature is not there yet; choose 'lvlm'."
-        )
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline.from_pretrained(_FOLDER / kind, local_files_only=True)
     if kind != "lvlm":
-        raise ValueError(f"load_miniature({kind!r}): no such miniature; choose 'lvlm' ('t2i' is planned).")
+        raise ValueError(f"load_miniature({kind!r}): no such miniature; choose 'lvlm' or 't2i'.")
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -29,4 +29,11 @@ def load_miniature(kind: str = "lvlm") -> tuple[Any, Any]:
     return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
-__all__ = ["load_miniature"]
+def load_judge() -> Any:
+    """The judge of the text-to-image miniature: pictures -> (B, 10) probabilities that each subject is there."""
+    from .text_to_image import SubjectJudge
+
+    return SubjectJudge(_FOLDER / "t2i" / "judge")
+
+
+__all__ = ["load_judge", "load_miniature"]

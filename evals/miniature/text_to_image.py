@@ -1,7 +1,11 @@
 """The text-to-image miniature's parts: real diffusers and transformers classes, small sizes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+import torch
 
 from .subjects import SIDE, SUBJECTS, colours
 
@@ -119,6 +123,26 @@ def build_judge() -> Any:
     return ResNetForImageClassification(config)
 
 
-def folder() -> Path:
-    """Where the trained parts lie."""
-    return Path(__file__).resolve().parent / "t2i"
+class SubjectJudge:
+    """Tells which subjects a picture shows. Call it with pictures for (B, 10) probabilities in the order of `SUBJECTS`."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import ResNetForImageClassification
+
+        self.model = ResNetForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+
+    def pixels(self, pictures: Sequence[Any]) -> torch.Tensor:
+        """(B, 3, 64, 64) in [-1, 1]."""
+        small = [picture.convert("RGB").resize((SIDE, SIDE)) for picture in pictures]
+        return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Any]) -> torch.Tensor:
+        """(B, 10) probabilities."""
+        return self.model(self.pixels(pictures)).logits[:, : len(SUBJECTS)].sigmoid()
+
+    @torch.no_grad()
+    def embed(self, pictures: Sequence[Any]) -> torch.Tensor:
+        """(B, 96) features before the last layer, of length 1."""
+        features = self.model.resnet(self.pixels(pictures)).pooler_output.flatten(1)
+        return torch.nn.functional.normalize(features, dim=-1)
