@@ -124,7 +124,7 @@ def build_judge() -> Any:
 
 
 class SubjectJudge:
-    """Tells which subjects a picture shows. Call it with pictures for (B, 10) probabilities in the order of `SUBJECTS`."""
+    """Tells which subjects a picture shows: called with pictures, (B, 10) probabilities in `SUBJECTS` order."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import ResNetForImageClassification
