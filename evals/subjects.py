@@ -21,6 +21,17 @@ from .stats import difference, interval, mcnemar
 
 BENCHMARK = "subjects"
 RECIPES = "none,attend-excite,astar"
+HEADS = (
+    "subjects",
+    "recipe",
+    "all there %",
+    "95 %",
+    "each there %",
+    "change",
+    "gained/lost",
+    "p",
+    "s/picture",
+)
 Judge = Callable[[Sequence[Any]], torch.Tensor]
 """Pictures -> (B, subjects) probabilities that each of `SUBJECTS` is there."""
 
@@ -250,17 +261,7 @@ class SubjectResults:
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in (
-            "subjects",
-            "recipe",
-            "all there %",
-            "95 %",
-            "each there %",
-            "change",
-            "gained/lost",
-            "p",
-            "s/picture",
-        ):
+        for column in HEADS:
             table.add_column(column, justify="left" if column == "recipe" else "right")
         for row in self.rows:
             table.add_row(*cells(row))
@@ -288,7 +289,7 @@ class SubjectResults:
         environment = Environment(loader=PackageLoader("regard.evals", "."), autoescape=True)
         page = environment.get_template("subjects.html.j2")
         config = self.folder.config
-        return page.render(rows=[cells(row) for row in self.rows], grids=grids, config=config)
+        return page.render(rows=[cells(row) for row in self.rows], heads=HEADS, grids=grids, config=config)
 
     def _cell(self, name: str, key: str) -> dict[str, Any] | None:
         item, file = self.items[name].get(key), picture_file(self.folder, name, key)

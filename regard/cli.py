@@ -187,8 +187,8 @@ def bench(
     sources = data if data == "miniature" else find_sources(data, images)
     loaded, processor = load_model(model, dtype, device)
     _bench(
-        loaded, processor, benchmarks, recipes or "none,vhr,var", sources, out, items=items or 600, seed=seed, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, temperature=temperature, num_beams=num_beams,
+        loaded, processor, benchmarks, recipes or "none,vhr,var", sources, out, items=items or 600,
+        seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature, num_beams=num_beams,
         question_suffix=question_suffix.replace("\\n", "\n"), parser=parser, words=words,
     )  # fmt: skip
 
