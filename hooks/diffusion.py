@@ -217,7 +217,7 @@ class DiffusionEngine:
             raise CannotEdit(f"no attention to the text at resolution {grid}: seen were {seen}")
         probs = collector.mean(grid)
         found, content = self._find(concepts, probs.shape[0], probs.shape[-1])
-        return TextMaps(probs, found, content, clock.step, clock.steps)
+        return TextMaps(probs, found, content, clock.step, clock.steps, collector.counts[grid])
 
     def _find(self, concepts: Sequence[Any], images: int, tokens: int) -> tuple[Any, Any]:
         """Token indices of every concept, and of the prompt's content, for each image."""

@@ -26,6 +26,7 @@ class TextMaps:
         concepts: for each image, the token indices of each concept.
         content: for each image, the indices of the prompt's own tokens, without start, end and padding.
         step: denoising step from 0. steps: how many there are.
+        layers: how many layers the mean is over.
     """
 
     probs: Tensor
@@ -33,6 +34,7 @@ class TextMaps:
     content: tuple[tuple[int, ...], ...]
     step: int
     steps: int
+    layers: int = 1
 
 
 @dataclass(frozen=True)

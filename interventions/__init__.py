@@ -3,6 +3,7 @@
 from .agla import AGLA
 from .astar import ASTAR
 from .attend_excite import AttendExcite
+from .daam import WordHeat, word_heat
 from .damro import DAMRO
 from .divergence import Divergence, divergence
 from .dola import DoLa
@@ -50,6 +51,7 @@ __all__ = [
     "Plausible",
     "Recipe",
     "SinkDimensions",
+    "WordHeat",
     "apply",
     "divergence",
     "object_maps",
@@ -57,5 +59,6 @@ __all__ = [
     "recipes",
     "sink_dimensions",
     "unwrap",
+    "word_heat",
     "wrap",
 ]

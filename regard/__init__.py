@@ -25,6 +25,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "Guidance": "hooks.latent_edits",
     "Watch": "hooks.latent_edits",
     "PipelineRun": "hooks.pipeline_run",
+    "word_heat": "interventions",
     "VHR": "interventions",
     "VAR": "interventions",
     "DoLa": "interventions",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from .interventions import recipes as recipes
     from .interventions import sink_dimensions as sink_dimensions
     from .interventions import unwrap as unwrap
+    from .interventions import word_heat as word_heat
     from .interventions import wrap as wrap
     from .kernels.groups import Groups as Groups
     from .kernels.isolation import isolated_attention as isolated_attention

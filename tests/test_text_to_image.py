@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import regard
 import torch
+
+import regard
 from regard.evals.miniature import load_judge
 from regard.evals.miniature.subjects import SUBJECTS, caption, draw_picture, held_out, pairs, training_example
 from regard.evals.subjects import evaluate_subjects, prompts
@@ -52,7 +53,9 @@ def test_single_subjects_are_right_and_pairs_are_not(pipe: Any, judge: Any) -> N
             generator=torch.Generator().manual_seed(0),
         ).images  # fmt: skip
         scores = judge(images)
-        there = [all(s[SUBJECTS.index(n)] > 0.5 for n in i["subjects"]) for i, s in zip(work, scores, strict=True)]
+        there = [
+            all(s[SUBJECTS.index(n)] > 0.5 for n in i["subjects"]) for i, s in zip(work, scores, strict=True)
+        ]
         shares.append(sum(there) / len(there))
     assert shares[0] >= 0.8
     assert shares[1] <= shares[0] - 0.15
@@ -78,7 +81,9 @@ def test_word_maps_point_at_the_word(pipe: Any) -> None:
         places = [[int(edge / 4) for edge in box] for box in drawn.boxes]
         for own, other in ((0, 1), (1, 0)):
             word = maps.probs[0][..., list(maps.concepts[0][own])].sum(-1)
-            inside = [word[top : bottom + 1, left : right_ + 1].mean() for left, top, right_, bottom in places]
+            inside = [
+                word[top : bottom + 1, left : right_ + 1].mean() for left, top, right_, bottom in places
+            ]
             right.append(bool(inside[own] > inside[other]))
     assert np.mean(right) > 0.7
 

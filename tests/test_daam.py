@@ -1,0 +1,63 @@
+"""Heat maps of words: against a loop over every layer, and the pictures untouched."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import regard
+from tests.pipelines import KINDS, PROMPT, build
+
+OPTIONS: dict[str, Any] = {"height": 48, "width": 32, "num_inference_steps": 2, "guidance_scale": 4.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heat_is_the_mean_over_layers_and_steps(kind: str) -> None:
+    pipe = build(kind)
+    options = {**OPTIONS, **({"max_sequence_length": 16} if kind in ("sd3", "flux") else {})}
+    found: dict[int, list[torch.Tensor]] = {}
+    grids = []
+
+    def note(call: Any) -> None:
+        if call.site.kind != "self":
+            scores = call.query @ call.key.transpose(2, 3) * call.query.shape[-1] ** -0.5
+            probs = scores.softmax(-1)[call.rows, :, call.image, call.text].mean(1)
+            found.setdefault(call.step, []).append(probs.mT.unflatten(2, call.grid))
+            grids.append(call.grid)
+
+    generator = torch.Generator().manual_seed(0)
+    with regard.apply(pipe, regard.Attend(note)):
+        plain = pipe(PROMPT, generator=generator, **options).images[0]
+    heat = regard.word_heat(pipe, PROMPT, ["dog", "apple"], generator=generator.manual_seed(0), **options)
+    assert heat.images[0].tobytes() == plain.tobytes()
+    seen: list[Any] = []
+    with regard.apply(pipe, regard.Watch(("dog", "apple"), seen.append)):
+        pipe(PROMPT, generator=generator.manual_seed(0), **options)
+    columns = seen[0].concepts[0]
+    finest = max(grids, key=lambda grid: grid[0])
+    assert heat.by_step.shape == (1, 2, 2, *finest)
+    for step, layers in found.items():
+        for word, indices in enumerate(columns):
+            each = [layer[:, list(indices)].mean(1, keepdim=True) for layer in layers]
+            each = [
+                F.interpolate(own, finest, mode="bicubic").clamp_min(0) if own.shape[2:] != finest else own
+                for own in each
+            ]
+            wanted = torch.stack(each).mean(0)[0, 0]
+            assert (heat.by_step[0, step, word] - wanted).abs().max() < 5e-3 * wanted.max()
+    assert torch.allclose(heat.mean, heat.by_step.mean(1))
+
+
+def test_the_figure_shows_every_word(tmp_path: Any) -> None:
+    heat = regard.word_heat(
+        build("sd"), PROMPT, ["dog", "apple"], generator=torch.Generator().manual_seed(0), **OPTIONS
+    )
+    figure = heat.figure()
+    assert [axes.get_title().split(",")[0] for axes in figure.axes] == ["picture", "dog", "apple"]
+    figure.savefig(tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").stat().st_size > 5000
+    with pytest.raises(regard.NoObjectWords, match="'zebra' is not in the prompt"):
+        regard.word_heat(build("sd"), PROMPT, ["zebra"], **OPTIONS)
+    with pytest.raises(regard.CannotEdit, match="needs a diffusers pipeline"):
+        regard.word_heat(build("sd").unet, PROMPT, ["dog"])
