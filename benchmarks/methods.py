@@ -93,7 +93,8 @@ def methods(model: Any) -> dict[str, Any]:
         "drop_sinks": regard.DropSinks(**sinks),
         "agla": regard.AGLA(matcher=at_once),
     }
-    return {line.name: own.get(line.name) or regard.recipe(line.name, model) for line in regard.recipes()}
+    lines = [line for line in regard.recipes() if line.on == "transformers"]
+    return {line.name: own.get(line.name) or regard.recipe(line.name, model) for line in lines}
 
 
 def ours(model: Any, processor: Any) -> dict[str, Call]:

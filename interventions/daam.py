@@ -67,7 +67,8 @@ def word_heat(pipe: Any, prompt: str | list[str], words: Sequence[Any], **option
     """Generate pictures and note where each word acts (DAAM, arXiv 2210.04885). The pictures do not change.
 
     The maps of the attention to the text, means over heads and layers, are brought from each resolution to the finest
-    (bicubic, not below zero) and averaged, each resolution by its number of layers; then over the steps. Reference: https://github.com/castorini/daam (MIT); the differences:
+    (bicubic, not below zero) and averaged, each resolution by its number of layers; then over the steps.
+    Reference: https://github.com/castorini/daam (MIT); the differences:
 
     - any image shape, batch, and number of text tokens; U-Nets (SD 1, 2, XL), SD 3 and Flux; attention stays SDPA.
     - the mean over heads, layers and steps in place of the sum, so that a heat is a probability.

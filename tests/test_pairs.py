@@ -32,7 +32,9 @@ CLASSES = {"drop_sinks": "DropSinks", "plausible": "Plausible", "dola": "DoLa", 
 
 
 def names() -> list[str]:
-    return [recipe.name for recipe in regard.recipes() if recipe.name != "none"]
+    return [
+        recipe.name for recipe in regard.recipes() if recipe.name != "none" and recipe.on == "transformers"
+    ]
 
 
 @functools.cache
