@@ -45,7 +45,7 @@ class AttendExcite(LatentMethod):
         ValueError: no concept, or another variant.
     """
 
-    name: ClassVar[str] = "attend-excite"
+    name: ClassVar[str] = "attend_excite"
     paper: ClassVar[str] = "Attend-and-Excite: Attention-Based Semantic Guidance (SIGGRAPH 2023)"
     arxiv: ClassVar[str] = "2301.13826"
     kind: ClassVar[str] = "latent guidance"

@@ -124,7 +124,7 @@ def bench(
         str | None,
         typer.Option(
             help='Comma-separated names. "none", the baseline, always runs. Settings: `var:transfer=0.3`. '
-            "Several at once: `vhr+var`. Default: none,vhr,var; for subjects none,attend-excite,astar."
+            "Several at once: `vhr+var`. Default: none,vhr,var; for subjects none,attend_excite,astar."
         ),
     ] = None,
     data: Annotated[

@@ -154,7 +154,7 @@ def test_attend_and_excite_is_diffusers_own(refine: dict[int, float]) -> None:
     ).images  # fmt: skip
     stock = latents(pipe, latents=noise)
     options: dict[str, Any] = {"concepts": WORDS, "alter": 3, "thresholds": refine, "scale": float(scale)}
-    with regard.apply(pipe, "attend-excite", **options, variant="released", resolution=(16, 16)) as run:
+    with regard.apply(pipe, "attend_excite", **options, variant="released", resolution=(16, 16)) as run:
         found = latents(pipe, latents=noise)
     effect = (wanted - stock).abs().max()
     assert (found - wanted).abs().max() < 2e-3 * effect

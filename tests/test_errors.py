@@ -74,7 +74,7 @@ def test_an_unknown_recipe_names_the_nearest(llava: Family, act: Callable[[str, 
         act("vhrr", llava.model)
 
     refused(llava.model, llava.inputs(), call, regard.UnknownName, "unknown recipe 'vhrr'", "'vhr'")
-    with pytest.raises(ValueError, match=r"known: agla, damro, .*, var, vcd, vhr"):
+    with pytest.raises(ValueError, match=r"known: agla, astar, .*, var, vcd, vhr"):
         regard.recipe("xxxxxxx", llava.model)
 
 
