@@ -18,7 +18,7 @@ def load_miniature(kind: str = "lvlm") -> Any:
     if kind == "t2i":
         from diffusers import StableDiffusionPipeline
 
-        return StableDiffusionPipeline.from_pretrained(_FOLDER / kind, local_files_only=True)
+        return StableDiffusionPipeline.from_pretrained(str(_FOLDER / kind), local_files_only=True)
     if kind != "lvlm":
         raise ValueError(f"load_miniature({kind!r}): no such miniature; choose 'lvlm' or 't2i'.")
     import torch
