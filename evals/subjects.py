@@ -82,7 +82,7 @@ def evaluate_subjects(
         raise EvalError(f"counts is {counts!r}: give numbers of subjects from 1 to {len(SUBJECTS)}")
     folder = RunFolder.create(out, _config(pipe, names, items, seed, steps, guidance_scale, counts, command))
     try:
-        work = [item for count in counts for item in prompts(count, items, seed)]
+        work = [item for count in counts for item in prompts(count, items, seed, pipe.tokenizer)]
         drawer = _Drawer(pipe, judge or default_judge(), folder, steps, guidance_scale, seed)
         for name in names:
             folder.drop_torn_line(BENCHMARK, name)
@@ -102,10 +102,12 @@ def default_judge() -> Judge:
     return load_judge()
 
 
-def prompts(count: int, items: int, seed: int) -> list[dict[str, Any]]:
-    """The items of one number of subjects: every combination in turn, each shuffled."""
+def prompts(count: int, items: int, seed: int, tokenizer: Any = None) -> list[dict[str, Any]]:
+    """The items of one number of subjects: every combination that the tokenizer has room for in turn, each shuffled."""
     rng = random.Random(f"subjects/{count}/{seed}")
     every = list(combinations(SUBJECTS, count))
+    if tokenizer is not None:
+        every = [few for few in every if len(tokenizer(caption(few)).input_ids) <= tokenizer.model_max_length]
     rng.shuffle(every)
     found = []
     for number in range(items):

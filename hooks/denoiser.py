@@ -1,17 +1,17 @@
-"""What the engine needs to know of a diffusers pipeline: its denoiser, the attention modules, grids and prompts."""
+"""What the engine needs to know of a diffusers pipeline: its denoiser, the attention modules and their grids."""
 
 from __future__ import annotations
 
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .errors import CannotEdit, NoObjectWords
+from .errors import CannotEdit
 
 Kind = Literal["self", "cross", "joint"]
 Grid = tuple[int, int]
@@ -142,58 +142,6 @@ def _sites(module: nn.Module, family: str) -> list[AttentionSite]:
         elif family == "flux" and type(part).__name__ == "FluxAttention":
             found.append(AttentionSite(name, part, "joint"))
     return found
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenised prompt as the denoiser sees it: the index of each content token, and where each word is."""
-
-    text: str
-    content: tuple[int, ...]
-    segments: tuple[tuple[Any, tuple[int, ...], int], ...]  # tokenizer, ids, offset in the text sequence
-
-    def find(self, concept: str | Sequence[int]) -> tuple[int, ...]:
-        """The token indices of a word or phrase (its first occurrence in each text encoder), or of given indices.
-
-        Raises:
-            NoObjectWords: the concept is not in the prompt.
-        """
-        if not isinstance(concept, str):
-            return tuple(concept)
-        found: list[int] = []
-        for tokenizer, ids, offset in self.segments:
-            wanted = tuple(tokenizer(concept, add_special_tokens=False).input_ids)
-            starts = range(len(ids) - len(wanted) + 1) if wanted else ()
-            at = next((start for start in starts if ids[start : start + len(wanted)] == wanted), None)
-            if at is not None:
-                found += range(offset + at, offset + at + len(wanted))
-        if not found:
-            raise NoObjectWords(
-                f"the concept {concept!r} is not in the prompt {self.text!r}: give a word or phrase as it stands "
-                "there, or token indices such as (2,)"
-            )
-        return tuple(found)
-
-
-def prompt_of(pipe: Any, denoiser: Denoiser, text: str) -> Prompt:
-    """Tokenise a prompt as the pipeline's text encoders do."""
-    names = {"unet": ["tokenizer"], "sd3": ["tokenizer", "tokenizer_3"], "flux": ["tokenizer_2"]}[
-        denoiser.family
-    ]
-    offset, segments, content = 0, [], []
-    for name in names:
-        tokenizer = getattr(pipe, name, None)
-        if tokenizer is None:
-            continue
-        if hasattr(pipe, "maybe_convert_prompt"):
-            text = pipe.maybe_convert_prompt(text, tokenizer)  # textual inversion
-        limit = tokenizer.model_max_length
-        ids = tuple(tokenizer(text, truncation=limit < 10**6, max_length=limit).input_ids)
-        special = set(tokenizer.all_special_ids)
-        content += [offset + place for place, token in enumerate(ids) if token not in special]
-        segments.append((tokenizer, ids, offset))
-        offset += limit
-    return Prompt(text, tuple(content), tuple(segments))
 
 
 def half(value: Any, batch: int) -> Any:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .clock import Clock
-from .denoiser import AttentionSite, Denoiser, Grid, denoiser_of, half, prompt_of
-from .errors import CannotEdit, NoObjectWords
+from .denoiser import AttentionSite, Denoiser, Grid, denoiser_of, half
+from .errors import CannotEdit
 from .latent_edits import Attend, AttentionCall, Concept, Guidance, LatentEdit, TextMaps, Watch
+from .prompts import find_concepts
 from .textmaps import Attention, Collector, Enough, frozen, may_stop_early
 
 _engines: weakref.WeakKeyDictionary[Any, DiffusionEngine] = weakref.WeakKeyDictionary()
@@ -65,6 +66,7 @@ class DiffusionEngine:
         self._handles: list[Any] = []
         self._clock: Clock | None = None
         self._prompts: list[str] | None = None
+        self._images = 0
         self._now: _Forward | None = None
         self._modes: list[Attention] = []
         self._expected: dict[tuple[Any, ...], int] = {}
@@ -138,8 +140,11 @@ class DiffusionEngine:
 
         @functools.wraps(own)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(own).bind(*args, **kwargs).arguments.get("prompt")
-            self._prompts = [given] if isinstance(given, str) else given
+            given = inspect.signature(own).bind(*args, **kwargs).arguments
+            prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+            self._prompts = [prompt] if isinstance(prompt, str) else prompt
+            texts = len(self._prompts) if self._prompts is not None else 0 if embeds is None else len(embeds)
+            self._images = texts * (given.get("num_images_per_prompt") or 1)
             if self._clock is not None:
                 self._clock.reset()
             for contribution, _ in self._edits():
@@ -154,11 +159,13 @@ class DiffusionEngine:
             return None
         inputs = self.denoiser.bind(args, kwargs)
         first = clock.tick(inputs["timestep"])
-        guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
         batch = inputs[self.denoiser.latent].shape[0]
-        both = guided and self.denoiser.family != "flux"  # Flux runs the two one after the other
-        if both and batch % 2:
-            raise CannotEdit(f"guidance is on, but the denoiser got {batch} rows, which are no two halves")
+        if self._images and batch not in (self._images, 2 * self._images):
+            raise CannotEdit(
+                f"the denoiser got {batch} rows for {self._images} images: only one or two rows an image are known, as "
+                "with classifier-free guidance"
+            )
+        both = batch == 2 * self._images  # some pipelines run the two one after the other
         rows = slice(batch // 2, batch) if both else slice(0, batch)
         if first:
             self._guide(half(inputs, batch) if both else inputs)
@@ -216,39 +223,10 @@ class DiffusionEngine:
             seen = ", ".join(map(str, collector.sums)) or "none"
             raise CannotEdit(f"no attention to the text at resolution {grid}: seen were {seen}")
         probs = collector.mean(grid)
-        found, content = self._find(concepts, probs.shape[0], probs.shape[-1])
-        return TextMaps(probs, found, content, clock.step, clock.steps, collector.counts[grid])
-
-    def _find(self, concepts: Sequence[Any], images: int, tokens: int) -> tuple[Any, Any]:
-        """Token indices of every concept, and of the prompt's content, for each image."""
-        each: list[Sequence[Concept]]
-        each = list(concepts) if any(isinstance(item, list) for item in concepts) else [concepts]
-        texts = self._prompts
-        if texts is None:
-            if any(isinstance(concept, str) for own in each for concept in own):
-                raise NoObjectWords(
-                    "the pipeline was called with prompt_embeds, so words cannot be found: give the concepts as "
-                    "tuples of token indices, as in concepts=[(2,), (5,)]"
-                )
-            texts = [""] * len(each)
-        prompts = [prompt_of(self.pipe, self.denoiser, text) for text in texts]
-        if len(each) not in (1, len(prompts)):
-            raise NoObjectWords(
-                f"{len(each)} lists of concepts for {len(prompts)} prompts: give one, or one a prompt"
-            )
-        found, content = [], []
-        for place, prompt in enumerate(prompts):
-            own = each[place if len(each) > 1 else 0]
-            indices = tuple(prompt.find(concept) for concept in own)
-            beyond = [index for few in indices for index in few if not 0 <= index < tokens]
-            if beyond:
-                raise NoObjectWords(f"token index {beyond[0]} is out of range: the text has {tokens} tokens")
-            found.append(indices)
-            content.append(prompt.content or tuple(range(1, tokens - 1)))
-        repeat = images // len(prompts)
-        return tuple(x for x in found for _ in range(repeat)), tuple(
-            x for x in content for _ in range(repeat)
+        found, content = find_concepts(
+            self.pipe, self.denoiser, self._prompts, concepts, images=probs.shape[0], tokens=probs.shape[-1]
         )
+        return TextMaps(probs, found, content, clock.step, clock.steps, collector.counts[grid])
 
     # ---- guidance -------------------------------------------------------------------------------
 
