@@ -260,3 +260,18 @@ def test_wrap_stays_until_unwrap() -> None:
     assert regard.unwrap(pipe) is pipe
     assert torch.equal(latents(pipe), stock)
     assert math.isfinite(float(stock.sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_moves_the_latents_the_same_way(dtype: torch.dtype) -> None:
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    moves = []
+    for kind in (torch.float32, dtype):
+        pipe = build("sd").to(kind)
+        method = regard.ASTAR(concepts=WORDS, scale=3000.0)
+        first = latents(pipe, latents=noise.to(kind), steps=1)
+        with regard.apply(pipe, method):
+            moves.append((latents(pipe, latents=noise.to(kind), steps=1) - first).float())
+        assert first.dtype == kind
+    assert moves[0].abs().max() > 1e-2
+    assert torch.cosine_similarity(moves[0].flatten(), moves[1].flatten(), dim=0) > 0.9
