@@ -334,26 +334,14 @@ class DiffusionEngine:
         key: Tensor,
         value: Tensor,
         attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **rest: Any,
+        **options: Any,
     ) -> Tensor:
         now, clock = self._now, self._clock
         assert now is not None
         assert clock is not None
 
         def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = attn_mask) -> Tensor:
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=dropout_p,
-                is_causal=is_causal,
-                scale=scale,
-                **rest,
-            )
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
         text = now.inputs["encoder_hidden_states"].shape[1]
         image = self.denoiser.image_tokens(site, query.shape[2], text)
@@ -370,7 +358,7 @@ class DiffusionEngine:
             key,
             value,
             attn_mask,
-            scale,
+            options.get("scale"),
             now.rows,
             grid,
             image,
