@@ -180,17 +180,13 @@ class _Drawer:
         records = []
         for item, image, scores in zip(batch, images, self.judge(images).tolist(), strict=True):
             seen = [subject for subject, score in zip(SUBJECTS, scores, strict=True) if score > 0.5]
-            file = self.picture(name, item["id"])
+            file = picture_file(self.folder, name, item["id"])
             file.parent.mkdir(parents=True, exist_ok=True)
             image.save(file)
             records.append(
                 {**item, "seen": seen, "seconds": seconds, "scores": [round(s, 4) for s in scores]}
             )
         self.folder.append(BENCHMARK, name, records)
-
-    def picture(self, name: str, item: str) -> Path:
-        """Where a picture lies."""
-        return picture_file(self.folder, name, item)
 
 
 def picture_file(folder: RunFolder, name: str, item: str) -> Path:

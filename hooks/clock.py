@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class Clock:
     """The step of one pipeline call, and how far guidance has moved the latents in it."""
 
     def __init__(self, pipe: Any, per_thousand: bool) -> None:
-        self._pipe = pipe
+        self._pipe_ref = weakref.ref(pipe)  # a wrapped pipeline that nobody holds can go
         self._factor = 1000.0 if per_thousand else 1.0  # Flux is given timesteps from 0 to 1
         self._scheduler: Any = None
         self.reset()
@@ -25,6 +26,10 @@ class Clock:
         self.step = -1
         self.moved: Tensor | None = None
         self._stepped = True
+
+    @property
+    def _pipe(self) -> Any:
+        return self._pipe_ref()
 
     @property
     def steps(self) -> int:

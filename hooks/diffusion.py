@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,14 @@ class _Forward:
     inner: bool = False  # our own pass over the conditional rows
 
 
+class _Reading(NamedTuple):
+    """One encode_prompt: the prompts (None where embeddings were given), the rows and values that came of it."""
+
+    prompts: list[str] | None
+    images: int
+    embeds: Tensor | None
+
+
 class DiffusionEngine:
     """What is attached to one pipeline while at least one run is on."""
 
@@ -65,8 +74,8 @@ class DiffusionEngine:
         self._runs: list[Sequence[LatentContribution]] = []
         self._handles: list[Any] = []
         self._clock: Clock | None = None
-        self._prompts: list[str] | None = None
-        self._images = 0
+        self._read: collections.deque[_Reading] = collections.deque(maxlen=4)
+        self._reading = _Reading(None, 0, None)
         self._now: _Forward | None = None
         self._modes: list[Attention] = []
         self._expected: dict[tuple[Any, ...], int] = {}
@@ -107,7 +116,7 @@ class DiffusionEngine:
             return
         pipe, module = self.pipe, self.denoiser.module
         self._clock = Clock(pipe, self.denoiser.family == "flux")
-        pipe.__dict__["encode_prompt"] = self._reading(pipe.encode_prompt)
+        pipe.__dict__["encode_prompt"] = self._noting(pipe.encode_prompt)
         self._handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
         self._handles.append(module.register_forward_hook(self._after, always_call=True))
         maps = any(isinstance(edit, (Guidance, Watch)) for edit in edits)
@@ -135,23 +144,31 @@ class DiffusionEngine:
 
     # ---- one call of the pipeline ---------------------------------------------------------------
 
-    def _reading(self, own: Any) -> Any:
-        """The pipeline's encode_prompt, noting the prompts; it is the first thing a call does."""
+    def _noting(self, own: Any) -> Any:
+        """The pipeline's encode_prompt, noting what it read; it is the first thing a call does."""
 
         @functools.wraps(own)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(own).bind(*args, **kwargs).arguments
-            prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
-            self._prompts = [prompt] if isinstance(prompt, str) else prompt
-            texts = len(self._prompts) if self._prompts is not None else 0 if embeds is None else len(embeds)
-            self._images = texts * (given.get("num_images_per_prompt") or 1)
+            encoded = own(*args, **kwargs)
+            prompts = given.get("prompt")
+            prompts = [prompts] if isinstance(prompts, str) else prompts
+            self._read.appendleft(_Reading(prompts, encoded[0].shape[0], encoded[0]))
             if self._clock is not None:
                 self._clock.reset()
             for contribution, _ in self._edits():
                 contribution.memory.clear()
-            return own(*args, **kwargs)
+            return encoded
 
         return encode_prompt
+
+    def _prompt_of(self, text: Tensor) -> _Reading:
+        """What was read as the text that the denoiser gets; Flux reads a negative prompt by itself."""
+        for reading in self._read:
+            known = reading.embeds
+            if known is not None and known.shape[1:] == text.shape[1:] and torch.equal(known[-1], text[-1]):
+                return reading
+        return _Reading(None, 0, None)
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         clock = self._clock
@@ -160,12 +177,15 @@ class DiffusionEngine:
         inputs = self.denoiser.bind(args, kwargs)
         first = clock.tick(inputs["timestep"])
         batch = inputs[self.denoiser.latent].shape[0]
-        if self._images and batch not in (self._images, 2 * self._images):
+        if first:
+            self._reading = self._prompt_of(inputs["encoder_hidden_states"])
+        images = self._reading.images
+        if images and batch not in (images, 2 * images):
             raise CannotEdit(
-                f"the denoiser got {batch} rows for {self._images} images: only one or two rows an image are known, as "
+                f"the denoiser got {batch} rows for {images} images: only one or two rows an image are known, as "
                 "with classifier-free guidance"
             )
-        both = batch == 2 * self._images  # some pipelines run the two one after the other
+        both = batch == 2 * images  # some pipelines run the two one after the other
         rows = slice(batch // 2, batch) if both else slice(0, batch)
         if first:
             self._guide(half(inputs, batch) if both else inputs)
@@ -224,7 +244,12 @@ class DiffusionEngine:
             raise CannotEdit(f"no attention to the text at resolution {grid}: seen were {seen}")
         probs = collector.mean(grid)
         found, content = find_concepts(
-            self.pipe, self.denoiser, self._prompts, concepts, images=probs.shape[0], tokens=probs.shape[-1]
+            self.pipe,
+            self.denoiser,
+            self._reading.prompts,
+            concepts,
+            images=probs.shape[0],
+            tokens=probs.shape[-1],
         )
         return TextMaps(probs, found, content, clock.step, clock.steps, collector.counts[grid])
 

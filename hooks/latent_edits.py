@@ -5,7 +5,7 @@ Notation: B images, H heads, Q image tokens in a grid (h, w), T text tokens, n d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -119,4 +119,3 @@ class Watch:
 
 
 LatentEdit: TypeAlias = Guidance | Attend | Watch
-Edits: TypeAlias = Sequence[LatentEdit]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+from .attached import Attached
 from .diffusion import DiffusionEngine, LatentContribution, diffusion_engine_of
-from .errors import CannotEdit
 from .latent_edits import Attend, Guidance, Watch
 
 
@@ -55,83 +52,19 @@ class PipelineReport:
         return "\n".join(lines)
 
 
-class PipelineRun:
+class PipelineRun(Attached[DiffusionEngine, LatentContribution]):
     """Interventions on one pipeline. Use it in a `with` statement; it restores the pipeline on any exit."""
 
     def __init__(self, pipe: Any, interventions: Sequence[Any]) -> None:
         engine = diffusion_engine_of(pipe)
-        self._engine_of_pipe = weakref.ref(engine)
-        self._name = type(pipe).__name__
-        self._contributions = [_contribution(item, engine) for item in interventions]
-        self._on = False
-
-    def __enter__(self) -> PipelineRun:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Attach. Nothing is changed when this raises."""
-        if self._on:
-            raise RuntimeError("this run is on already; make a new one with regard.apply")
-        engine = self._engine_of_pipe()
-        if engine is None:
-            raise CannotEdit(f"the {self._name} of this run is gone: keep a reference to it")
-        engine.add(self._contributions)
-        self._on = True
-
-    def stop(self) -> None:
-        """Detach. With the last run gone the pipeline is bit-exactly as before."""
-        engine = self._engine_of_pipe()
-        if self._on and engine is not None:
-            engine.remove(self._contributions)
-        self._on = False
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Within this block the run's edits rest: the baseline from the same pipeline."""
-        before = [each.on for each in self._contributions]
-        self._switch([False] * len(before))
-        try:
-            yield
-        finally:
-            self._switch(before)
-
-    def _switch(self, states: Sequence[bool]) -> None:
-        for contribution, state in zip(self._contributions, states, strict=True):
-            contribution.on = state
-        engine = self._engine_of_pipe()
-        if self._on and engine is not None:
-            engine.watch()
+        super().__init__(engine, type(pipe).__name__, [_contribution(item, engine) for item in interventions])
 
     def report(self) -> PipelineReport:
         """Which steps and modules were edited, and the losses."""
-        return PipelineReport(self._name, self._contributions)
+        return PipelineReport(self._model_name, self._contributions)
 
 
 def _contribution(item: Any, engine: DiffusionEngine) -> LatentContribution:
     if isinstance(item, (Attend, Guidance, Watch)):
         return LatentContribution(type(item).__name__, (item,))
     return LatentContribution(item.name, tuple(item.edits(engine.denoiser)))
-
-
-_wrapped: weakref.WeakKeyDictionary[Any, list[PipelineRun]] = weakref.WeakKeyDictionary()
-
-
-def wrap(pipe: Any, interventions: Sequence[Any]) -> Any:
-    """Attach until `unwrap`; returns the same object."""
-    run = PipelineRun(pipe, interventions)
-    run.start()
-    _wrapped.setdefault(pipe, []).append(run)
-    return pipe
-
-
-def unwrap(pipe: Any) -> Any:
-    """Take off all that `wrap` attached, newest first."""
-    for run in reversed(_wrapped.pop(pipe, [])):
-        run.stop()
-    return pipe

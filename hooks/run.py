@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .anatomy import Anatomy, base_of
+from .attached import Attached
 from .edits import Edit
 from .engine import Engine, engine_of
-from .errors import CannotEdit
 from .plan import Contribution
 from .report import Report
 
@@ -32,63 +29,20 @@ class Intervention(Protocol):
         ...
 
 
-class Run:
+class Run(Attached[Engine, Contribution]):
     """Interventions on one model. Use it in a `with` statement; it restores the model on any exit."""
 
     def __init__(self, model: Any, interventions: Sequence[Intervention | Edit]) -> None:
         base = base_of(model)
         engine = engine_of(base)
-        self._engine_of_model = weakref.ref(engine)  # a report that is kept must not keep the weights
-        self._model_name, self._stock = type(base).__name__, engine.stock
-        self._contributions = [_contribution(item, engine.anatomy) for item in interventions]
-        self._on = False
-
-    @property
-    def _engine(self) -> Engine:
-        engine = self._engine_of_model()
-        if engine is None:
-            raise CannotEdit(f"the {self._model_name} of this run is gone: keep a reference to it")
-        return engine
-
-    def __enter__(self) -> Run:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
+        contributions = [_contribution(item, engine.anatomy) for item in interventions]
+        super().__init__(engine, type(base).__name__, contributions)
+        self._stock = engine.stock
 
     def start(self) -> None:
         """Attach. Nothing is changed when this raises."""
-        if self._on:
-            raise RuntimeError("this run is on already; make a new one with regard.apply")
-        engine = self._engine
-        engine.add(self._contributions)
-        self._on, self._stock = True, engine.stock
-
-    def stop(self) -> None:
-        """Detach. With the last run gone the model is bit-exactly as before."""
-        engine = self._engine_of_model()
-        if self._on and engine is not None:
-            engine.remove(self._contributions)
-        self._on = False
-
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """Within this block the run's edits rest (in every thread): the baseline from the same engine."""
-        before = [c.on for c in self._contributions]
-        self._switch([False] * len(before))
-        try:
-            yield
-        finally:
-            self._switch(before)
-
-    def _switch(self, states: Sequence[bool]) -> None:
-        for contribution, state in zip(self._contributions, states, strict=True):
-            contribution.on = state
-        if self._on:
-            self._engine.watch()
+        super().start()
+        self._stock = self._engine.stock
 
     def report(self) -> Report:
         """Which layers, heads and rows acted, how often, on which path."""
@@ -118,22 +72,3 @@ def _contribution(item: Intervention | Edit, anatomy: Anatomy) -> Contribution:
     raise TypeError(
         f"expected a recipe's name, an intervention or an edit, got {type(item).__name__}: {item!r}{hint}"
     )
-
-
-_wrapped: weakref.WeakKeyDictionary[nn.Module, list[Run]] = weakref.WeakKeyDictionary()
-T = TypeVar("T")
-
-
-def wrap(model: T, interventions: Sequence[Intervention | Edit]) -> T:
-    """Attach until `unwrap`. Takes a model or a transformers pipeline and returns the same object."""
-    run = Run(model, interventions)
-    run.start()
-    _wrapped.setdefault(base_of(model), []).append(run)
-    return model
-
-
-def unwrap(model: T) -> T:
-    """Take off all that `wrap` attached, newest first. A model that was never wrapped is left alone."""
-    for run in reversed(_wrapped.pop(base_of(model), [])):
-        run.stop()
-    return model

@@ -9,8 +9,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import nn
 
-from ..hooks import pipeline_run
-from ..hooks import run as runs
+from ..hooks import attached
 from ..hooks.anatomy import anatomy, base_of
 from ..hooks.denoiser import is_pipeline
 from ..hooks.edits import Edit
@@ -189,10 +188,15 @@ def wrap(
     **options: Any,
 ) -> T:
     """Edit a model or pipeline until `unwrap`; returns the same object. Errors are those of `apply`."""
-    found = resolve(model, interventions, processor, options)
-    return pipeline_run.wrap(model, found) if is_pipeline(model) else runs.wrap(model, found)
+    attached.keep(_owner(model), apply(model, *interventions, processor=processor, **options))
+    return model
 
 
 def unwrap(model: T) -> T:
     """Take off all that `wrap` attached; the model is bit-exactly as before."""
-    return pipeline_run.unwrap(model) if is_pipeline(model) else runs.unwrap(model)
+    attached.release(_owner(model))
+    return model
+
+
+def _owner(model: Any) -> Any:
+    return model if is_pipeline(model) else base_of(model)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 import regard
 from regard.hooks.latent_edits import TextMaps
@@ -244,6 +245,25 @@ def test_wrong_places_are_named() -> None:
         regard.apply(pipe.text_encoder, "astar", concepts=WORDS)
     with pytest.raises(TypeError, match="no option 'concept'; it has concepts"):
         regard.apply(pipe, "astar", concept=WORDS)
+    stock = pipe.unet
+    pipe.unet = torch.compile(stock)
+    with pytest.raises(regard.CannotEdit, match="unet is compiled"):
+        regard.apply(pipe, "astar", concepts=WORDS).start()
+    pipe.unet = UNet2DModel(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    with pytest.raises(regard.CannotEdit, match="UNet2DModel; the engine knows"):
+        regard.apply(pipe, "astar", concepts=WORDS).start()
+    pipe.unet = UNet2DConditionModel(
+        block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
+        mid_block_type="UNetMidBlock2D",
+    )  # fmt: skip
+    with pytest.raises(regard.CannotEdit, match="no attention to text"):
+        regard.apply(pipe, "astar", concepts=WORDS).start()
+    pipe.unet = stock
     pipe.enable_attention_slicing(1)
     with (
         regard.apply(pipe, "astar", concepts=WORDS),
@@ -275,3 +295,32 @@ def test_half_precision_moves_the_latents_the_same_way(dtype: torch.dtype) -> No
         assert first.dtype == kind
     assert moves[0].abs().max() > 1e-2
     assert torch.cosine_similarity(moves[0].flatten(), moves[1].flatten(), dim=0) > 0.9
+
+
+def test_fused_projections_are_guided_the_same() -> None:
+    pipe = build("sd")
+    with regard.apply(pipe, "astar", concepts=WORDS, scale=300.0):
+        apart = latents(pipe)
+    stock = latents(pipe)
+    pipe.fuse_qkv_projections()
+    with regard.apply(pipe, "astar", concepts=WORDS, scale=300.0):
+        fused = latents(pipe)
+    assert (fused - apart).abs().max() < 1e-2 * (apart - stock).abs().max()
+
+
+def test_guidance_in_two_calls_a_step_moves_both() -> None:
+    """Flux runs its negative prompt after the prompt: both see the moved latents, and words are the prompt's."""
+    pipe = build("flux")
+    options = {"negative_prompt": "a car", "true_cfg_scale": 3.0, "steps": 2}
+    stock, seen = latents(pipe, **options), []
+    note = pipe.transformer.register_forward_pre_hook(
+        lambda module, args, given: seen.append(given["hidden_states"].clone()), with_kwargs=True
+    )
+    try:
+        with regard.apply(pipe, "astar", concepts=WORDS, scale=3000.0) as run:
+            guided = latents(pipe, **options)
+    finally:
+        note.remove()
+    assert (guided - stock).abs().max() > 1e-3
+    assert run.report().to_dict()["interventions"][0]["gradients"] == 2
+    assert len(seen) == 6

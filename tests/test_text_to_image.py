@@ -69,6 +69,8 @@ def test_a_run_is_a_folder_that_goes_on(pipe: Any, tmp_path: Any) -> None:
     assert rows["none"]["change"] is None
     assert "astar:scale=30" in results.page.read_text()
     first = (tmp_path / "run/items/subjects-none/2-0.png").read_bytes()
+    (guided,) = (tmp_path / "run/items").glob("subjects-astar*/2-0.png")
+    assert guided.read_bytes() != first
     file = tmp_path / "run/items/subjects-none.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
     again = evaluate_subjects(pipe, recipes="none,astar:scale=30", out=tmp_path / "run", **options)
