@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from .clock import Clock
 from .denoiser import AttentionSite, Denoiser, Grid, denoiser_of, half
 from .errors import CannotEdit
 from .latent_edits import Attend, AttentionCall, Concept, Guidance, LatentEdit, TextMaps, Watch
-from .prompts import find_concepts
+from .prompts import Reading, Readings, find_concepts
 from .textmaps import Attention, Collector, Enough, frozen, may_stop_early
 
 _engines: weakref.WeakKeyDictionary[Any, DiffusionEngine] = weakref.WeakKeyDictionary()
@@ -57,14 +56,6 @@ class _Forward:
     inner: bool = False  # our own pass over the conditional rows
 
 
-class _Reading(NamedTuple):
-    """One encode_prompt: the prompts (None where embeddings were given), the rows and values that came of it."""
-
-    prompts: list[str] | None
-    images: int
-    embeds: Tensor | None
-
-
 class DiffusionEngine:
     """What is attached to one pipeline while at least one run is on."""
 
@@ -74,8 +65,8 @@ class DiffusionEngine:
         self._runs: list[Sequence[LatentContribution]] = []
         self._handles: list[Any] = []
         self._clock: Clock | None = None
-        self._read: collections.deque[_Reading] = collections.deque(maxlen=4)
-        self._reading = _Reading(None, 0, None)
+        self._read = Readings()
+        self._reading = Reading()
         self._now: _Forward | None = None
         self._modes: list[Attention] = []
         self._expected: dict[tuple[Any, ...], int] = {}
@@ -151,9 +142,7 @@ class DiffusionEngine:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             given = inspect.signature(own).bind(*args, **kwargs).arguments
             encoded = own(*args, **kwargs)
-            prompts = given.get("prompt")
-            prompts = [prompts] if isinstance(prompts, str) else prompts
-            self._read.appendleft(_Reading(prompts, encoded[0].shape[0], encoded[0]))
+            self._read.note(given.get("prompt"), encoded[0])
             if self._clock is not None:
                 self._clock.reset()
             for contribution, _ in self._edits():
@@ -161,14 +150,6 @@ class DiffusionEngine:
             return encoded
 
         return encode_prompt
-
-    def _prompt_of(self, text: Tensor) -> _Reading:
-        """What was read as the text that the denoiser gets; Flux reads a negative prompt by itself."""
-        for reading in self._read:
-            known = reading.embeds
-            if known is not None and known.shape[1:] == text.shape[1:] and torch.equal(known[-1], text[-1]):
-                return reading
-        return _Reading(None, 0, None)
 
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         clock = self._clock
@@ -178,7 +159,7 @@ class DiffusionEngine:
         first = clock.tick(inputs["timestep"])
         batch = inputs[self.denoiser.latent].shape[0]
         if first:
-            self._reading = self._prompt_of(inputs["encoder_hidden_states"])
+            self._reading = self._read.find(inputs["encoder_hidden_states"])
         images = self._reading.images
         if images and batch not in (images, 2 * images):
             raise CannotEdit(

@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from .denoiser import Denoiser
 from .errors import NoObjectWords
 from .latent_edits import Concept
+
+
+class Reading(NamedTuple):
+    """What one encode_prompt read: the prompts (None where embeddings were given), and the rows that came of it."""
+
+    prompts: Sequence[str] | None = None
+    images: int = 0
+    embeds: Tensor | None = None
+
+
+class Readings:
+    """The newest readings of a pipeline. Flux reads its negative prompt by itself, after the prompt."""
+
+    def __init__(self) -> None:
+        self._newest: deque[Reading] = deque(maxlen=4)
+
+    def note(self, prompts: str | Sequence[str] | None, embeds: Tensor) -> None:
+        """Keep what was read."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        self._newest.appendleft(Reading(prompts, embeds.shape[0], embeds))
+
+    def find(self, text: Tensor) -> Reading:
+        """The reading that became the text of the denoiser, the conditional rows of which come last."""
+        for reading in self._newest:
+            known = reading.embeds
+            if known is not None and known.shape[1:] == text.shape[1:] and torch.equal(known[-1], text[-1]):
+                return reading
+        return Reading()
 
 
 @dataclass(frozen=True)

@@ -312,15 +312,16 @@ def test_guidance_in_two_calls_a_step_moves_both() -> None:
     """Flux runs its negative prompt after the prompt: both see the moved latents, and words are the prompt's."""
     pipe = build("flux")
     options = {"negative_prompt": "a car", "true_cfg_scale": 3.0, "steps": 2}
-    stock, seen = latents(pipe, **options), []
-    note = pipe.transformer.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given["hidden_states"].clone()), with_kwargs=True
-    )
-    try:
-        with regard.apply(pipe, "astar", concepts=WORDS, scale=3000.0) as run:
-            guided = latents(pipe, **options)
-    finally:
+    stock = latents(pipe, **options)
+    seen: list[torch.Tensor] = []
+    with regard.apply(pipe, "astar", concepts=WORDS, scale=3000.0) as run:
+        note = pipe.transformer.register_forward_pre_hook(
+            lambda module, args, given: seen.append(given["hidden_states"].clone()), with_kwargs=True
+        )
+        guided = latents(pipe, **options)
         note.remove()
     assert (guided - stock).abs().max() > 1e-3
     assert run.report().to_dict()["interventions"][0]["gradients"] == 2
-    assert len(seen) == 6
+    for gradient, told, plain in (seen[:3], seen[3:]):
+        assert torch.equal(told, plain)
+        assert not torch.equal(told, gradient)
