@@ -23,6 +23,7 @@ import torch
 import transformers
 
 import regard
+from regard.hooks.kv_cache import CACHE
 
 IMAGE, TEXT, LAYERS = 576, 40, 8
 SIDES: dict[str, Any] = {
@@ -76,7 +77,7 @@ def seconds(net: Any, inputs: dict[str, torch.Tensor], side: str, tokens: int) -
     method = SIDES[side]
     with contextlib.nullcontext() if method is None else regard.apply(net, method):
         start = time.process_time()
-        cache = net(**inputs, logits_to_keep=1).past_key_values
+        cache = getattr(net(**inputs, logits_to_keep=1), CACHE)
         prefill = time.process_time() - start
         took = []
         for count in (1, tokens + 1):

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from .edits import Branch
 from .errors import CannotEdit
+from .kv_cache import with_cache
 from .session import Session
 
 
@@ -127,7 +128,7 @@ class Stream:
         else:
             self._valid = torch.ones_like(ids, dtype=torch.bool)
         self._start(decoder, session)
-        changed |= {"past_key_values": self.cache, "use_cache": self.cache is not None}
+        changed = {**with_cache(changed, self.cache), "use_cache": self.cache is not None}
         if "logits_to_keep" in changed:
             changed["logits_to_keep"] = 1
         for name in ("labels", "cache_position", "return_dict"):
@@ -201,9 +202,8 @@ class Stream:
             inputs_embeds=embeds,
             attention_mask=self._valid.long() if mask is None else mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=self.cache is not None,
-            **images,
+            **with_cache(images, self.cache),
         )
         self.hidden = result.last_hidden_state[:, -1]
 

@@ -20,6 +20,7 @@ from .checks import NOT_ROUTED, check_editable, check_together
 from .errors import CannotEdit
 from .generating import follow_beams, watched_generate
 from .joint import Joint, can_join, join
+from .kv_cache import CACHE, cache_in
 from .plan import Contribution, Plan
 from .session import SESSION, Session
 from .step import Step
@@ -210,7 +211,7 @@ class Engine:
             if session.rows == 0 and ids is not None and ids.shape[1] == session.prompt:
                 session.read_prompt(ids, mask)  # beams are expanded and padding is inferred by now
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         if cache is None or _length(cache) == 0:
             self._local.session = self._start(ids, mask)
         elif cache in self._by_cache and self._by_cache[cache].plan.contributions == self.plan.contributions:
@@ -226,7 +227,7 @@ class Engine:
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.stream is not None or getattr(self._local, "generating", False):
             return
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, CACHE, None)
         if cache is not None and self._local.session is not None:
             self._by_cache[cache] = self._local.session
         self._local.session = None
@@ -246,7 +247,7 @@ class Engine:
             kwargs, args = {"input_ids": args[0], **kwargs}, args[1:]
         tokens = kwargs.get("inputs_embeds")
         tokens = kwargs["input_ids"] if tokens is None else tokens
-        cache = kwargs.get("past_key_values")
+        cache = cache_in(kwargs)
         cached = cache is not None or kwargs.get("use_cache") is not False
         session.begin(tokens.shape[0], tokens.shape[1], 0 if cache is None else _length(cache), cached)
         if session.plan.branches or session.plan.logits:
@@ -269,7 +270,7 @@ class Engine:
             stream = session.streams.get(branch.name)
             if stream is None:
                 stream = session.streams[branch.name] = Stream(branch)
-                follow_beams(kwargs.get("past_key_values"), stream)
+                follow_beams(cache_in(kwargs), stream)
                 self._read(decoder, stream, session, kwargs)
             elif branch.every_step and stream.cache is None:
                 self._read(decoder, stream, session, kwargs)
@@ -316,8 +317,8 @@ class Engine:
             self._local.joint = None
             main, *others = joint.parts(output.last_hidden_state)
             output.last_hidden_state = main
-            if output.past_key_values is not None:
-                output.past_key_values = joint.caches.main
+            if getattr(output, CACHE) is not None:
+                setattr(output, CACHE, joint.caches.main)
             for stream, hidden in zip(joint.streams, others, strict=True):
                 stream.hidden = hidden[:, -1]
         if session is not None and not session.checked:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from .errors import CannotEdit
+from .kv_cache import cache_in
 from .session import newest_rows
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def _begin(engine: Engine, module: nn.Module, args: tuple[Any, ...], kwargs: dic
     if MEMORY in session.memory:
         session.memory[MEMORY].deciding = False
         return
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     for layer in getattr(cache, "layers", ()):
         if not isinstance(layer, DynamicLayer) or layer.is_sliding:
             raise CannotEdit(

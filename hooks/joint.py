@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Anatomy
+from .kv_cache import NAMES, cache_in, with_cache
 from .session import Session
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def can_join(parts: Anatomy) -> bool:
     )
 
 
-_STACKED = {"inputs_embeds", "input_ids", "position_ids", "attention_mask", "past_key_values"}
+_STACKED = {"inputs_embeds", "input_ids", "position_ids", "attention_mask", *NAMES}
 
 
 def join(
@@ -94,7 +95,7 @@ def join(
         padded = session._once("padded", lambda: not bool(mask.all()))
         visible = mask[:, None, None].bool() if padded else None
     joint = Joint(
-        Caches([kwargs["past_key_values"], *(stream.cache for stream in streams)]),
+        Caches([cache_in(kwargs), *(stream.cache for stream in streams)]),
         [visible, *(stream.visible() for stream in streams)],
         streams,
     )
@@ -103,6 +104,5 @@ def join(
         "inputs_embeds": embeds.repeat(1 + len(streams), 1, 1),
         "position_ids": torch.cat([positions, *own], -2),
         "attention_mask": None,
-        "past_key_values": joint.caches,
     }
-    return joint, {**kwargs, **stacked}
+    return joint, with_cache({**kwargs, **stacked}, joint.caches)

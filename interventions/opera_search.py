@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from ..hooks.errors import CannotEdit
+from ..hooks.kv_cache import CACHE, with_cache
 from ..hooks.session import Call
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Search:
     def _start(self) -> tuple[State, Tensor]:
         """Read the prompt; the first state and its logits (W, V)."""
         out = self.model._prefill(self.ids, self.config, self.kwargs)
-        self.cache = out.past_key_values
+        self.cache = getattr(out, CACHE)
         if self.cache is None or any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             kinds = {type(layer).__name__ for layer in getattr(self.cache, "layers", ())} or {"no cache"}
             raise CannotEdit(f"opera drops rows from a dynamic cache, got {', '.join(sorted(kinds))}")
@@ -190,10 +191,9 @@ class Search:
             input_ids=tokens.to(self.model.device),
             attention_mask=None if mask is None else mask.to(self.model.device),
             position_ids=positions.expand(*positions.shape[:-1], tokens.shape[1]).to(self.model.device),
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
-            **more,
+            **with_cache(more, self.cache),
         )
         return out.logits[:, -keep:].to(self.ids.device, torch.float32)
 
@@ -361,7 +361,7 @@ class Search:
             sequences=sequences,
             sequences_scores=state.done_scores[0, :some],
             beam_indices=parents[:, :length],
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
         )
 
 

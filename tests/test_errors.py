@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import regard
 from regard.hooks.attend import claims
+from regard.hooks.kv_cache import CACHE
 
 
 def image_bias(call: Any) -> Tensor:
@@ -338,7 +339,7 @@ def test_the_decoder_called_by_itself(llava: Family) -> None:
 
 def test_a_cache_from_outside(llava: Family) -> None:
     inputs, more = llava.inputs(), torch.tensor([[20]])
-    cache = llava.model(**inputs, use_cache=True).past_key_values
+    cache = getattr(llava.model(**inputs, use_cache=True), CACHE)
 
     def call() -> None:
         with regard.apply(llava.model, "vhr"):
@@ -347,7 +348,7 @@ def test_a_cache_from_outside(llava: Family) -> None:
     refused(llava.model, inputs, call, regard.CannotEdit, "holds 18 tokens", "start from an empty cache")
     bias = [regard.Bias((layer,), image_bias) for layer in (0, 1)]
     with regard.apply(llava.model, bias[0]) as run, regard.apply(llava.model, bias[1]):
-        cache = llava.model(**inputs, use_cache=True).past_key_values
+        cache = getattr(llava.model(**inputs, use_cache=True), CACHE)
         llava.model(input_ids=more, past_key_values=cache)
         with run.off(), pytest.raises(regard.CannotEdit, match="not computed under these edits"):
             llava.model(input_ids=more, past_key_values=cache)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 import regard
+from regard.hooks.kv_cache import CACHE
 
 NAMES = (
     "llava",
@@ -81,7 +82,7 @@ def test_each_sample_leaves_by_itself(name: str) -> None:
     with regard.apply(family.model, regard.Exit(tuple(range(DEPTH)), after_each(*tables))):
         found = logits_of(family, inputs)
         with torch.no_grad():
-            cache = family.model(**wide(inputs)).past_key_values
+            cache = getattr(family.model(**wide(inputs)), CACHE)
     for row, (spec, after) in enumerate(zip(specs, (1, 3, 2), strict=True)):
         item = family.item(**spec)
         length = item["input_ids"].shape[1]
@@ -136,7 +137,7 @@ def test_caches_after_the_exit_are_shorter_and_shapes_stay(family: Family) -> No
         out = family.model(**item, output_hidden_states=True)
     long, short = len(image), int((~image).sum())
     inner = out.language_model_outputs if "language_model_outputs" in out else out  # InstructBLIP
-    assert lengths(inner.past_key_values) == [long] * 2 + [short] * 3
+    assert lengths(getattr(inner, CACHE)) == [long] * 2 + [short] * 3
     plain = family.model(**item, output_hidden_states=True)
     assert out.logits.shape == plain.logits.shape
     states = inner.hidden_states
@@ -178,7 +179,7 @@ def test_a_cache_may_be_carried_on_by_several_tokens(llava: Family) -> None:
     item = wide(llava.item(text=8, seed=1))
     more = torch.tensor([[20, 31, 42]])
     with regard.apply(llava.model, regard.DyVTE(layer=1)):
-        cache = llava.model(**item).past_key_values
+        cache = getattr(llava.model(**item), CACHE)
         found = llava.model(input_ids=more, past_key_values=cache).logits
     grown = {**item, "input_ids": torch.cat([item["input_ids"], more], 1)}
     grown["attention_mask"] = torch.ones_like(grown["input_ids"])

@@ -7,6 +7,8 @@ import torch
 from families import FAMILY_NAMES, FIRST_TEXT, Family, build
 from torch import Tensor
 
+from regard.hooks.kv_cache import cache_in
+
 # Largest |difference| of logits (std 3, fp32) between two ways to the same number. Measured: under 2e-5.
 TOLERANCE = 1e-4
 
@@ -75,7 +77,7 @@ def test_cached_generate_equals_generate_without_a_cache(family: Family) -> None
 def test_generate_without_a_cache_has_none_where_we_say_so(family: Family) -> None:
     seen: list[bool] = []
     hook = family.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["past_key_values"] is not None), with_kwargs=True
+        lambda module, args, kwargs: seen.append(cache_in(kwargs) is not None), with_kwargs=True
     )
     generate(family, family.inputs(), use_cache=False)
     hook.remove()

@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import regard
 from regard.hooks.errors import CannotEdit
+from regard.hooks.kv_cache import CACHE
 from regard.interventions.opera import OPERA, attention_rows, over_trust
 from regard.interventions.opera_search import Search
 
@@ -279,7 +280,7 @@ def test_the_cache_never_holds_more_than_the_beams_and_one_set_of_candidates() -
     width = family.model.config.text_config.hidden_size // family.heads * family.kv_heads
 
     def measure(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        layers = output.past_key_values.layers
+        layers = getattr(output, CACHE).layers
         held = sum(t.untyped_storage().nbytes() for layer in layers for t in (layer.keys, layer.values))
         seen.append(held / (2 * len(layers) * width * 4))  # tokens of beams
 
@@ -298,7 +299,7 @@ def test_the_cache_stays_small_when_the_search_goes_back() -> None:
     def measure(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         nonlocal most
         most = max(
-            most, *(layer.keys.shape[0] * layer.keys.shape[2] for layer in output.past_key_values.layers)
+            most, *(layer.keys.shape[0] * layer.keys.shape[2] for layer in getattr(output, CACHE).layers)
         )
 
     handle = family.decoder.register_forward_hook(measure, with_kwargs=True)

@@ -17,6 +17,7 @@ import regard
 from regard.hooks.attend import claims
 from regard.hooks.branch import Stream
 from regard.hooks.engine import is_attached
+from regard.hooks.kv_cache import CACHE
 from regard.hooks.session import Session
 
 STEPS = 5
@@ -317,7 +318,7 @@ def test_memory_does_not_grow(llava: Family) -> None:
 def test_a_cache_that_the_user_drops_takes_its_session_along(llava: Family) -> None:
     before = alive(Session)
     with regard.apply(llava.model, "vhr"):
-        caches = [llava.model(**llava.inputs(text=8), use_cache=True).past_key_values for _ in range(4)]
+        caches = [getattr(llava.model(**llava.inputs(text=8), use_cache=True), CACHE) for _ in range(4)]
         assert alive(Session) == before + 4
         caches.clear()
         assert alive(Session) == before + 1
