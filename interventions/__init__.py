@@ -9,6 +9,7 @@ from .divergence import Divergence, divergence
 from .dola import DoLa
 from .dyvte import DyVTE
 from .icd import ICD
+from .ir_diffusion import IRDiffusion, IsolationAttention
 from .m3id import M3ID
 from .matching import AttentionMatcher, BlipMatcher
 from .mma import MMA
@@ -18,6 +19,7 @@ from .pai import PAI
 from .paint import PAINT
 from .plausible import Plausible
 from .recipes import Recipe, apply, recipe, recipes, unwrap, wrap
+from .rehearsal import Rehearsal, rehearse
 from .sink_removal import DropSinks
 from .sinks import SinkDimensions, sink_dimensions
 from .var import VAR
@@ -45,11 +47,14 @@ __all__ = [
     "DoLa",
     "DropSinks",
     "DyVTE",
+    "IRDiffusion",
+    "IsolationAttention",
     "Null",
     "ObjectMap",
     "ObjectMaps",
     "Plausible",
     "Recipe",
+    "Rehearsal",
     "SinkDimensions",
     "WordHeat",
     "apply",
@@ -57,6 +62,7 @@ __all__ = [
     "object_maps",
     "recipe",
     "recipes",
+    "rehearse",
     "sink_dimensions",
     "unwrap",
     "word_heat",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..hooks.latent_edits import Guidance, LatentEdit, TextMaps
-from .method import LatentMethod, schedule
+from .method import ConceptMethod, schedule
 from .word_maps import Normalize, binarized, check_masks, fitted, word_maps
 
 
@@ -35,7 +35,7 @@ def _shared(one: Tensor, two: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ASTAR(LatentMethod):
+class ASTAR(ConceptMethod):
     """A-STAR: segregate the concepts' cross-attention, and retain it from step to step (training-free).
 
     Before each denoising step `z' = z - alpha_t * grad_z (L_seg + L_ret)`, with the losses of equations 2 and 3 on the

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..hooks.latent_edits import Guidance, LatentEdit, TextMaps
-from .method import LatentMethod, schedule
+from .method import ConceptMethod, schedule
 from .word_maps import Normalize, word_maps
 
 
 @dataclass(frozen=True)
-class AttendExcite(LatentMethod):
+class AttendExcite(ConceptMethod):
     """Attend-and-Excite: raise the strongest attention of the most neglected concept (training-free).
 
     Before each of the first `alter` steps `z' = z - alpha_t * grad_z max_c (1 - max A_c)`, A being the smoothed maps

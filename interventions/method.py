@@ -45,7 +45,16 @@ class Method(Published, ABC):
 
 @dataclass(frozen=True)
 class LatentMethod(Published, ABC):
-    """Base of the frozen dataclasses for diffusers pipelines. `concepts` are what the prompt is about."""
+    """Base of the frozen dataclasses for diffusers pipelines."""
+
+    @abstractmethod
+    def edits(self, denoiser: Denoiser) -> Sequence[LatentEdit]:
+        """The edits it asks for on this denoiser."""
+
+
+@dataclass(frozen=True)
+class ConceptMethod(LatentMethod):
+    """Base of those that are told what the prompt is about."""
 
     concepts: Sequence[Any] = ()
 
@@ -58,10 +67,6 @@ class LatentMethod(Published, ABC):
             raise ValueError(
                 f"concepts is {self.concepts!r}: give at least one word of the prompt, as in concepts=['cat', 'dog']"
             )
-
-    @abstractmethod
-    def edits(self, denoiser: Denoiser) -> Sequence[LatentEdit]:
-        """The edits it asks for on this denoiser."""
 
 
 def schedule(scale: float, until: float, step: int, steps: int) -> float:

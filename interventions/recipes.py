@@ -24,6 +24,7 @@ from .damro import DAMRO
 from .dola import DoLa
 from .dyvte import DyVTE
 from .icd import ICD
+from .ir_diffusion import IRDiffusion, IsolationAttention
 from .m3id import M3ID
 from .method import LatentMethod, Method, Published
 from .mma import MMA
@@ -56,6 +57,8 @@ METHODS: tuple[type[Published], ...] = (
     MMA,
     ASTAR,
     AttendExcite,
+    IsolationAttention,
+    IRDiffusion,
 )
 T = TypeVar("T")
 

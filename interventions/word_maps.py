@@ -72,11 +72,11 @@ def otsu(values: Tensor) -> float:
     return float((ordered[best] + ordered[best + 1]) / 2)
 
 
-def check_masks(masks: Any, concepts: int) -> Tensor:
+def check_masks(masks: Any, concepts: int, disjoint: bool = True) -> Tensor:
     """User masks as (C, H, W) of 0 and 1.
 
     Raises:
-        ValueError: not one mask a concept, an empty mask, or two that overlap.
+        ValueError: not one mask a concept, an empty mask, or two that overlap (where they must be disjoint).
     """
     given = torch.as_tensor(masks).float()
     if given.ndim != 3 or given.shape[0] != concepts:
@@ -87,7 +87,7 @@ def check_masks(masks: Any, concepts: int) -> Tensor:
     for index, mask in enumerate(binary):
         if not mask.any():
             raise ValueError(f"mask {index} is empty: give each concept at least one pixel above 0.5")
-        for other in range(index):
+        for other in range(index if disjoint else 0):
             shared = int((mask * binary[other]).sum())
             if shared:
                 raise ValueError(f"masks {other} and {index} overlap in {shared} pixels: make them disjoint")

@@ -191,8 +191,22 @@ def subject_keys(key: Tensor, value: Tensor, masks: Tensor) -> tuple[Tensor, Ten
             f"masks {masks.dtype} of {tuple(masks.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
     chosen = masks.flatten().nonzero()[:, 0]
+    return *chosen_keys(key, value, chosen), chosen // max(1, keys)
+
+
+def chosen_keys(key: Tensor, value: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Some keys and values of several references, one after the other. Differentiable.
+
+    Args:
+        key: (B, S, H_kv, K, D), a reference for each of S subjects.
+        value: (B, S, H_kv, K, D_v).
+        chosen: (n,) subject * K + position, in any order and as often as wanted.
+
+    Returns:
+        (B, H_kv, n, D) and (B, H_kv, n, D_v).
+    """
     few = (t.transpose(1, 2).flatten(2, 3).index_select(2, chosen) for t in (key, value))
-    return next(few), next(few), chosen // max(1, keys)
+    return next(few), next(few)
 
 
 def reference_regions(targets: Tensor, subjects: Tensor, kept: Tensor | None = None) -> Isolation:

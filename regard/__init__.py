@@ -26,6 +26,9 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "Watch": "hooks.latent_edits",
     "PipelineRun": "hooks.pipeline_run",
     "word_heat": "interventions",
+    "rehearse": "interventions",
+    "IRDiffusion": "interventions",
+    "IsolationAttention": "interventions",
     "VHR": "interventions",
     "VAR": "interventions",
     "DoLa": "interventions",
@@ -118,6 +121,8 @@ if TYPE_CHECKING:
     from .interventions import DoLa as DoLa
     from .interventions import DropSinks as DropSinks
     from .interventions import DyVTE as DyVTE
+    from .interventions import IRDiffusion as IRDiffusion
+    from .interventions import IsolationAttention as IsolationAttention
     from .interventions import Null as Null
     from .interventions import Plausible as Plausible
     from .interventions import apply as apply
@@ -125,6 +130,7 @@ if TYPE_CHECKING:
     from .interventions import object_maps as object_maps
     from .interventions import recipe as recipe
     from .interventions import recipes as recipes
+    from .interventions import rehearse as rehearse
     from .interventions import sink_dimensions as sink_dimensions
     from .interventions import unwrap as unwrap
     from .interventions import word_heat as word_heat
