@@ -122,7 +122,8 @@ class IRDiffusion(_IRDiffusion):
       place (the paper's words) and moving the reference only (the release) are the same, as a test shows.
     - the release adds to `chunk` views for isolation and drops what its function returns; here it is one call.
     - masks come from `rehearse`, or from any detector, or are boxes; the release has GroundingDINO and SAM built in,
-      with its two thresholds swapped. A cell belongs to a mask that covers half of it; the release has Otsu over bilinear.
+      with its two thresholds swapped. A cell belongs to a mask that covers half of it; the release
+      has Otsu over bilinear.
     - dropout has a generator of its own: a run can be repeated, and the noise stays as it was.
     - a run has no counters: the release's processor must be made anew for each picture.
 
@@ -285,7 +286,7 @@ class _Scene:
             heard = F.scaled_dot_product_attention(rows, keys, values, scale=call.scale)
             others = others.index_add(2, cells, heard)
         times = targets.sum(0)
-        share = (self.method.mutual_cross * (times > 0)).to(scene)[:, None]
+        share = self.method.mutual_cross * (times > 0).to(scene)[:, None]
         scene = (1 - share) * scene + share * others / times.clamp_min(1).to(scene)[:, None]
         return self._joined(call, whole[:, :-1].flatten(0, 2), scene)
 
