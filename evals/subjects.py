@@ -20,7 +20,7 @@ from .settings import BASELINE, parse_options
 from .stats import difference, interval, mcnemar
 
 BENCHMARK = "subjects"
-RECIPES = "none,attend_excite,astar"
+RECIPES = "none,attend_excite,astar,isolation"
 HEADS = (
     "subjects",
     "recipe",

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..hooks.denoiser import AttentionSite, Denoiser, Grid
 from ..hooks.errors import CannotEdit
 from ..hooks.latent_edits import Attend, AttentionCall, LatentEdit, Watch
-from ..kernels.isolation import Isolation, chosen_keys, reference_regions
+from ..kernels.isolation import Isolation, chosen_tokens, reference_regions
 from .method import LatentMethod
 from .places import Observed, check_places, places_at, region_of
 
@@ -205,7 +205,7 @@ class _Scene:
 
     def __init__(self, method: IRDiffusion, late: frozenset[str]) -> None:
         self.method, self.late, self.count = method, late, len(method.scene)
-        self._made: dict[tuple[Grid, bool], tuple[Tensor, Isolation]] = {}
+        self._made: dict[tuple[Grid, bool], tuple[list[Tensor], Isolation]] = {}
         self._step = -1
 
     def _split(self, call: AttentionCall, tensor: Tensor) -> Tensor:
@@ -236,26 +236,25 @@ class _Scene:
         portraits = call.attend(*(t[:, :-1].flatten(0, 2) for t in (query, key, value)))
         own_key, own_value = (t[:, -1].flatten(0, 1) for t in (key, value))
         chosen, regions = self._regions(call, call.site.name in self.late and self.method.reference)
-        if len(chosen):
-            theirs = [t[:, :-1].transpose(1, 2).flatten(0, 1) for t in (key, value)]
-            few, values = chosen_keys(theirs[0], theirs[1], chosen)
-            own_key, own_value = torch.cat([few, own_key], 2), torch.cat([values, own_value], 2)
+        if chosen:
+            own_key, own_value = _joined(key, own_key, chosen), _joined(value, own_value, chosen)
         scene = regions.attend(query[:, -1].flatten(0, 1), own_key, own_value, scale=call.scale)
         return self._joined(call, portraits, scene)
 
-    def _regions(self, call: AttentionCall, reference: bool) -> tuple[Tensor, Isolation]:
-        """Which keys of the portraits are seen, subject * N + position, and the scene's regions; kept for the step."""
+    def _regions(self, call: AttentionCall, reference: bool) -> tuple[list[Tensor], Isolation]:
+        """For each subject which keys of its portrait are seen, and the scene's regions; kept for the step."""
         if call.step != self._step:
             self._made.clear()
             self._step = call.step
         if (call.grid, reference) not in self._made:
             method, device = self.method, call.query.device
             targets = places_at(method.scene, call.grid)
-            cells = targets.shape[1] * targets.shape[2]
-            some = _reference_cells(places_at(method.portraits, call.grid), targets, method.reposition)
-            some = some if reference else [few[:0] for few in some]
-            chosen = torch.cat([subject * cells + few for subject, few in enumerate(some)])
-            subjects = torch.cat([torch.full_like(few, subject) for subject, few in enumerate(some)])
+            chosen: list[Tensor] = []
+            if reference:
+                chosen = _reference_cells(places_at(method.portraits, call.grid), targets, method.reposition)
+            subjects = torch.arange(len(chosen)).repeat_interleave(
+                torch.tensor([*map(len, chosen)], dtype=torch.long)
+            )
             kept = (
                 _dropped(targets, method.dropout, f"{method.seed}/{call.step}/{call.grid}")
                 if reference
@@ -265,7 +264,7 @@ class _Scene:
             regions = reference_regions(next(flat), subjects.to(device), next(flat))
             if not method.isolation:
                 regions = _without_isolation(regions, self.count if reference else 0)
-            self._made[call.grid, reference] = (chosen.to(device), regions)
+            self._made[call.grid, reference] = ([few.to(device) for few in chosen], regions)
         return self._made[call.grid, reference]
 
     # ---- cross-attention ------------------------------------------------------------------------
@@ -289,6 +288,12 @@ class _Scene:
         share = self.method.mutual_cross * (times > 0).to(scene)[:, None]
         scene = (1 - share) * scene + share * others / times.clamp_min(1).to(scene)[:, None]
         return self._joined(call, whole[:, :-1].flatten(0, 2), scene)
+
+
+def _joined(references: Tensor, own: Tensor, chosen: list[Tensor]) -> Tensor:
+    """Chosen keys (or values) of portraits (G, S + 1, n, H, N, D) before those of the scene (G * n, H, N, D)."""
+    portraits = references[:, :-1].transpose(1, 2).flatten(0, 1)
+    return torch.cat([chosen_tokens(portraits, chosen), own], 2)
 
 
 def _reference_cells(portraits: Tensor, targets: Tensor, reposition: bool) -> list[Tensor]:

@@ -6,9 +6,10 @@ are gathered and given to the library's attention, which stays on its fastest pa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ from .groups import Groups
 
 
 class _Call(NamedTuple):
-    """One library call: row and key indices; None is all of them."""
+    """One library call: row and key indices; None is all of them, a slice is a view of neighbours."""
 
-    rows: Tensor | None
-    keys: Tensor | None
+    rows: Tensor | slice | None
+    keys: Tensor | slice | None
 
 
 class _Part(NamedTuple):
@@ -88,8 +89,8 @@ class Isolation:
             parts.append(_Part(samples, tuple(_Call(*(self._here(t) for t in call)) for call in calls)))
         return tuple(part._replace(samples=self._here(part.samples)) for part in parts)
 
-    def _here(self, index: Tensor | None) -> Tensor | None:
-        return None if index is None else index.to(self.query_region.device)
+    def _here(self, index: Any) -> Any:
+        return index.to(self.query_region.device) if isinstance(index, Tensor) else index
 
     def attend(
         self,
@@ -190,23 +191,22 @@ def subject_keys(key: Tensor, value: Tensor, masks: Tensor) -> tuple[Tensor, Ten
             f"masks (S, K) bool, key (B, S, H_kv, K, D) and value (B, S, H_kv, K, D_v) do not fit: "
             f"masks {masks.dtype} of {tuple(masks.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
         )
-    chosen = masks.flatten().nonzero()[:, 0]
-    return *chosen_keys(key, value, chosen), chosen // max(1, keys)
+    chosen = [mask.nonzero()[:, 0] for mask in masks]
+    return chosen_tokens(key, chosen), chosen_tokens(value, chosen), masks.nonzero()[:, 0]
 
 
-def chosen_keys(key: Tensor, value: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Some keys and values of several references, one after the other. Differentiable.
+def chosen_tokens(tokens: Tensor, chosen: Sequence[Tensor]) -> Tensor:
+    """Keys (or values) of several references, one reference after the other. Differentiable.
 
     Args:
-        key: (B, S, H_kv, K, D), a reference for each of S subjects.
-        value: (B, S, H_kv, K, D_v).
-        chosen: (n,) subject * K + position, in any order and as often as wanted.
+        tokens: (B, S, H_kv, K, D), a reference for each of S subjects; it is not copied whole.
+        chosen: for each subject the positions (n_s,) in its reference, in any order and as often as wanted.
 
     Returns:
-        (B, H_kv, n, D) and (B, H_kv, n, D_v).
+        (B, H_kv, n, D), n the sum of the n_s.
     """
-    few = (t.transpose(1, 2).flatten(2, 3).index_select(2, chosen) for t in (key, value))
-    return next(few), next(few)
+    few = [tokens[:, subject].index_select(2, places) for subject, places in enumerate(chosen)]
+    return torch.cat(few, 2) if few else tokens.new_zeros(len(tokens), *tokens.shape[2:3], 0, tokens.shape[4])
 
 
 def reference_regions(targets: Tensor, subjects: Tensor, kept: Tensor | None = None) -> Isolation:
@@ -256,21 +256,43 @@ def _calls(queries: Tensor, keys: Tensor, allow: Tensor) -> list[_Call]:
         rows = of == index
         visible = seen[keys]
         if rows.any() and visible.any():
-            calls.append(_Call(*(None if t.all() else t.nonzero()[:, 0] for t in (rows, visible))))
+            calls.append(_Call(_index(rows), _index(visible)))
     return calls
+
+
+def _index(chosen: Tensor) -> Tensor | slice | None:
+    """The true places of (n,) bool."""
+    places = chosen.nonzero()[:, 0]
+    first, last = int(places[0]), int(places[-1])
+    if len(places) == len(chosen):
+        return None
+    return slice(first, last + 1) if last - first + 1 == len(places) else places
+
+
+def _some(tokens: Tensor, places: Tensor | slice | None) -> Tensor:
+    if places is None:
+        return tokens
+    return tokens[:, :, places] if isinstance(places, slice) else tokens.index_select(2, places)
 
 
 def _attended(
     calls: tuple[_Call, ...], query: Tensor, key: Tensor, value: Tensor, scale: float | None, enable_gqa: bool
 ) -> Tensor:
     out = query.new_zeros(*query.shape[:3], value.shape[3])
+
+    def attend(call: _Call) -> Tensor:
+        """In a function of its own, so that what it gathers is free before the next call gathers."""
+        keys, values = _some(key, call.keys), _some(value, call.keys)
+        rows = _some(query, call.rows)
+        return F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=enable_gqa)
+
     for call in calls:
-        rows = query if call.rows is None else query.index_select(2, call.rows)
-        keys, values = (t if call.keys is None else t.index_select(2, call.keys) for t in (key, value))
-        part = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=enable_gqa)
         if call.rows is None:
-            return part
-        out = out.index_copy_(2, call.rows, part)
+            return attend(call)
+        if isinstance(call.rows, slice):
+            out[:, :, call.rows] = attend(call)
+        else:
+            out = out.index_copy_(2, call.rows, attend(call))
     return out
 
 

@@ -124,7 +124,8 @@ def bench(
         str | None,
         typer.Option(
             help='Comma-separated names. "none", the baseline, always runs. Settings: `var:transfer=0.3`. '
-            "Several at once: `vhr+var`. Default: none,vhr,var; for subjects none,attend_excite,astar."
+            "Several at once: `vhr+var`. Default: none,vhr,var; for subjects "
+            "none,attend_excite,astar,isolation."
         ),
     ] = None,
     data: Annotated[
