@@ -71,13 +71,7 @@ def evaluate_subjects(
         EvalError: counts without prompts.
         RunFolderError: the folder holds another run.
     """
-    from ..interventions import recipe as find
-
-    names = [name.strip() for name in recipes.split(",")] if isinstance(recipes, str) else list(recipes)
-    names = list(dict.fromkeys([BASELINE, *names]))
-    for name in names[1:]:
-        base, options = parse_options(name)
-        find(base, pipe, concepts=["any"], **options)
+    names = _names(recipes, pipe)
     if not counts or min(counts) < 1 or max(counts) > len(SUBJECTS):
         raise EvalError(f"counts is {counts!r}: give numbers of subjects from 1 to {len(SUBJECTS)}")
     folder = RunFolder.create(out, _config(pipe, names, items, seed, steps, guidance_scale, counts, command))
@@ -93,6 +87,18 @@ def evaluate_subjects(
         return results
     finally:
         folder.close()
+
+
+def _names(recipes: str | Sequence[str], pipe: Any) -> list[str]:
+    """The recipes, each once and the baseline first; made once each, so that a wrong one shows at once."""
+    from ..interventions import recipe
+
+    names = [name.strip() for name in recipes.split(",")] if isinstance(recipes, str) else list(recipes)
+    names = list(dict.fromkeys([BASELINE, *names]))
+    for name in names[1:]:
+        base, options = parse_options(name)
+        recipe(base, pipe, concepts=["any"], **options)
+    return names
 
 
 def default_judge() -> Judge:

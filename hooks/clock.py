@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import functools
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import CannotEdit
+
+
+@dataclass
+class _Layer:
+    """One wrapper of a scheduler's step, and the one that it was put over."""
+
+    below: Any
+    off: bool = False
 
 
 class Clock:
@@ -19,6 +28,7 @@ class Clock:
         self._pipe_ref = weakref.ref(pipe)  # a wrapped pipeline that nobody holds can go
         self._factor = 1000.0 if per_thousand else 1.0  # Flux is given timesteps from 0 to 1
         self._scheduler: Any = None
+        self._layer = _Layer(None)
         self.reset()
 
     def reset(self) -> None:
@@ -64,28 +74,36 @@ class Clock:
             return
         self.release()
         own = scheduler.step
+        layer = _Layer(scheduler.__dict__.get("step"))  # another pipeline's, where two share a scheduler
         names = ("model_output", "timestep", "sample")
 
         @functools.wraps(own)
         def step(*args: Any, **kwargs: Any) -> Any:
-            self._stepped = True
-            if self.moved is None:
+            moved, self.moved, self._stepped = self.moved, None, True
+            if moved is None or layer.off:
                 return own(*args, **kwargs)
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             sample = given["sample"]
-            if sample.shape != self.moved.shape:
+            if sample.shape != moved.shape:
                 raise CannotEdit(
-                    f"guidance moved latents of shape {tuple(self.moved.shape)}, but the scheduler steps "
+                    f"guidance moved latents of shape {tuple(moved.shape)}, but the scheduler steps "
                     f"{tuple(sample.shape)}: {type(self._pipe).__name__} is not supported"
                 )
-            given["sample"] = (sample + self.moved).to(sample.dtype)
+            given["sample"] = (sample + moved).to(sample.dtype)
             return own(*args[3:], **given)
 
         scheduler.__dict__["step"] = step
-        self._scheduler = scheduler
+        self._scheduler, self._layer = scheduler, layer
+        step.__dict__["layer"] = layer
 
     def release(self) -> None:
-        """Leave the scheduler as it was."""
-        if self._scheduler is not None:
-            self._scheduler.__dict__.pop("step", None)
-            self._scheduler = None
+        """Leave the scheduler as it was, or to the other pipelines that still follow it."""
+        if self._scheduler is None:
+            return
+        self._layer.off = True
+        top = self._scheduler.__dict__.pop("step", None)
+        while top is not None and getattr(top, "layer", None) is not None and top.layer.off:
+            top = top.layer.below
+        if top is not None:
+            self._scheduler.__dict__["step"] = top
+        self._scheduler = None

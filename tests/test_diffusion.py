@@ -220,3 +220,24 @@ def test_a_batch_is_its_prompts_one_by_one(pipes: dict[str, Any], kind: str) -> 
         for row in range(4):
             single = latents(pipe, prompts[row // 2], latents=noise[row : row + 1])
             assert (single - together[row]).abs().max() < 1e-2 * effect[row]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_pipelines_share_a_scheduler(first: int) -> None:
+    """Whichever run ends first, the other guides on, and the scheduler ends as it was."""
+    pipes = [build("sd", seed) for seed in (0, 1)]
+    pipes[1].scheduler = pipes[0].scheduler
+    stock = [latents(pipe) for pipe in pipes]
+    with regard.apply(pipes[1 - first], guidance()):
+        alone = latents(pipes[1 - first])
+    runs = [regard.apply(pipe, guidance()) for pipe in pipes]
+    for run in runs:
+        run.__enter__()
+    for pipe in pipes:
+        latents(pipe)
+    runs[first].__exit__(None, None, None)
+    assert torch.equal(latents(pipes[first]), stock[first])
+    assert torch.equal(latents(pipes[1 - first]), alone)
+    runs[1 - first].__exit__(None, None, None)
+    assert "step" not in pipes[0].scheduler.__dict__
+    assert torch.equal(latents(pipes[1 - first]), stock[1 - first])
