@@ -237,7 +237,7 @@ class _Scene:
         own_key, own_value = (t[:, -1].flatten(0, 1) for t in (key, value))
         chosen, regions = self._regions(call, call.site.name in self.late and self.method.reference)
         if chosen:
-            own_key, own_value = _joined(key, own_key, chosen), _joined(value, own_value, chosen)
+            own_key, own_value = _seen(key, own_key, chosen), _seen(value, own_value, chosen)
         scene = regions.attend(query[:, -1].flatten(0, 1), own_key, own_value, scale=call.scale)
         return self._joined(call, portraits, scene)
 
@@ -290,7 +290,7 @@ class _Scene:
         return self._joined(call, whole[:, :-1].flatten(0, 2), scene)
 
 
-def _joined(references: Tensor, own: Tensor, chosen: list[Tensor]) -> Tensor:
+def _seen(references: Tensor, own: Tensor, chosen: list[Tensor]) -> Tensor:
     """Chosen keys (or values) of portraits (G, S + 1, n, H, N, D) before those of the scene (G * n, H, N, D)."""
     portraits = references[:, :-1].transpose(1, 2).flatten(0, 1)
     return torch.cat([chosen_tokens(portraits, chosen), own], 2)
