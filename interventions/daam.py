@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..hooks.denoiser import is_pipeline
 from ..hooks.errors import CannotEdit
 from ..hooks.latent_edits import TextMaps, Watch
 from .recipes import apply
+from .word_maps import heat_of
 
 
 @dataclass(frozen=True)
@@ -90,25 +90,15 @@ def word_heat(pipe: Any, prompt: str | list[str], words: Sequence[Any], **option
     seen: list[TextMaps] = []
     with apply(pipe, Watch(tuple(words), seen.append)):
         images = pipe(prompt, **options).images
-    finest = max((maps.probs.shape[1:3] for maps in seen), key=lambda grid: grid[0] * grid[1])
+    height, width = max((maps.probs.shape[1:3] for maps in seen), key=lambda grid: grid[0] * grid[1])
     steps: dict[int, list[tuple[Tensor, int]]] = {}
     for maps in seen:
-        steps.setdefault(maps.step, []).append((_heat(maps, finest), maps.layers))
+        steps.setdefault(maps.step, []).append(
+            (torch.stack(heat_of(maps, (height, width), "bicubic")), maps.layers)
+        )
     each = []
     for step in sorted(steps):
         layers = sum(count for _, count in steps[step])
         each.append(torch.stack([heat * count for heat, count in steps[step]]).sum(0) / layers)
     first = words[0] if isinstance(words[0], list) else words
     return WordHeat(images, tuple(first), torch.stack(each, 1))
-
-
-def _heat(maps: TextMaps, grid: Sequence[int]) -> Tensor:
-    """(B, C, h, w) at another resolution."""
-    rows = [
-        torch.stack([probs[..., list(few)].mean(-1) for few in own])
-        for probs, own in zip(maps.probs, maps.concepts, strict=True)
-    ]
-    heat = torch.stack(rows)
-    if tuple(heat.shape[-2:]) == tuple(grid):
-        return heat
-    return F.interpolate(heat, tuple(grid), mode="bicubic").clamp_min(0)

@@ -261,9 +261,7 @@ class _Scene:
                 else targets
             )
             flat = (t.flatten(1).to(device) for t in (targets, kept))
-            regions = reference_regions(next(flat), subjects.to(device), next(flat))
-            if not method.isolation:
-                regions = _without_isolation(regions, self.count if reference else 0)
+            regions = reference_regions(next(flat), subjects.to(device), next(flat), method.isolation)
             self._made[call.grid, reference] = ([few.to(device) for few in chosen], regions)
         return self._made[call.grid, reference]
 
@@ -306,9 +304,8 @@ def _reference_cells(portraits: Tensor, targets: Tensor, reposition: bool) -> li
             rows = [_stretched(source.any(axis), target.any(axis)) for axis in (1, 0)]
             grid = rows[0][:, None] * width + rows[1]
             moved = grid[source.flatten()[grid]]
-            cells = (
-                moved if len(moved) else cells
-            )  # a sparse mask may be lost between the cells of a smaller box
+            # a sparse mask may be lost between the cells of a smaller box
+            cells = moved if len(moved) else cells
         found.append(cells)
     return found
 
@@ -325,10 +322,3 @@ def _dropped(targets: Tensor, chance: float, seed: str) -> Tensor:
     generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(31))
     kept = targets & (torch.rand(targets.shape, generator=generator) >= chance)
     return torch.where(kept.any((1, 2), keepdim=True), kept, targets)
-
-
-def _without_isolation(regions: Isolation, references: int) -> Isolation:
-    """The same references, while the scene sees all of itself."""
-    allow = regions.allow.clone()
-    allow[:, references:] = True
-    return Isolation(regions.query_region, regions.key_region, allow)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..hooks.denoiser import Grid
 from ..hooks.latent_edits import TextMaps
-from .word_maps import binarized, check_masks, fitted, minmax
+from .word_maps import binarized, check_masks, fitted, heat_of, minmax
 
 
 def check_places(given: Any, what: str, disjoint: bool) -> Tensor:
@@ -69,17 +69,11 @@ def _nearest(line: Tensor, at: Tensor) -> Tensor:
     return F.one_hot((line - at).abs().argmin(1), line.shape[0]).bool()
 
 
-def heat_of(maps: TextMaps, grid: Grid) -> list[Tensor]:
-    """The (C, h, w) probs of each image's concepts at another resolution (bilinear)."""
-    found = []
-    for probs, concepts in zip(maps.probs, maps.concepts, strict=True):
-        own = torch.stack([probs[..., list(few)].mean(-1) for few in concepts])
-        found.append(F.interpolate(own[None], grid, mode="bilinear")[0])
-    return found
-
-
 def masks_of(heat: Tensor) -> Tensor:
-    """(C, h, w) heat to disjoint (C, h, w) bool masks: Otsu's threshold each, a shared cell to the hottest concept."""
+    """(C, h, w) heat to (C, h, w) bool masks: Otsu's threshold each, a shared cell to the concept hottest there.
+
+    They are disjoint, but that a concept which is left without a cell has its hottest one all the same.
+    """
     scaled = minmax(heat)
     best = F.one_hot(scaled.argmax(0), len(heat)).permute(2, 0, 1).bool()
     masks = binarized(heat, "otsu").bool() & best
@@ -100,7 +94,7 @@ class Observed:
         if maps.step < self._last:
             self._heat = []
         shape = self._heat[0].shape[1:] if self._heat else maps.probs.shape[1:3]
-        new = [each * maps.layers for each in heat_of(maps, (shape[0], shape[1]))]
+        new = [each * maps.layers for each in heat_of(maps, (shape[0], shape[1]), "bilinear")]
         old = self._heat or [torch.zeros_like(each) for each in new]
         self._heat = [before + own for before, own in zip(old, new, strict=True)]
         self._last = maps.step

@@ -23,7 +23,7 @@ class Rehearsal:
     Attributes:
         images: S portraits and the scene.
         portraits: (S, H, W) bool, the subject in each portrait.
-        scene: (S, H, W) bool, disjoint, the subjects in the scene.
+        scene: (S, H, W) bool, the subjects in the scene; detections are made disjoint, masks by words as `masks_of` says.
     """
 
     images: list[Any]
@@ -61,20 +61,21 @@ def rehearse(
         )
     if detector is not None:
         images = pipe(list(prompts), **options).images
-        found = [
-            torch.as_tensor(detector(image, name)) for image, name in zip(images, subjects, strict=False)
-        ]
-        there = [torch.as_tensor(detector(images[-1], name)) for name in subjects]
-        portraits = check_places(torch.stack(found), "portraits", disjoint=False)
-        heat = torch.stack([(mask > 0.5).float() for mask in there])
-        check_places(heat, "scene", disjoint=False)
-        return Rehearsal(images, portraits.bool(), _apart(heat.bool()))
+        alone = [detector(image, name) for image, name in zip(images[:-1], subjects, strict=True)]
+        there = [detector(images[-1], name) for name in subjects]
+        portraits, scene = (
+            torch.stack([torch.as_tensor(mask) for mask in masks]) for masks in (alone, there)
+        )
+        portraits = check_places(portraits, "portraits", disjoint=False)
+        return Rehearsal(
+            images, portraits.bool(), _apart(check_places(scene, "scene", disjoint=False).bool())
+        )
     observed = Observed()
     concepts: list[Any] = [*([name] for name in subjects), list(subjects)]
     with apply(pipe, Watch(tuple(concepts), observed.see)):
         images = pipe(list(prompts), **options).images
-    *alone, scene = observed.finest()
-    return Rehearsal(images, torch.cat([masks_of(each) for each in alone]), masks_of(scene))
+    masks = [masks_of(heat) for heat in observed.finest()]
+    return Rehearsal(images, torch.cat(masks[:-1]), masks[-1])
 
 
 def _apart(masks: Tensor) -> Tensor:

@@ -38,6 +38,14 @@ def word_maps(maps: TextMaps, normalize: Normalize, smooth: bool = False) -> lis
     return found
 
 
+def heat_of(maps: TextMaps, grid: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> list[Tensor]:
+    """The (C, h, w) probs of each image's concepts, brought to another resolution; not below zero."""
+    each = word_maps(maps, "none")
+    if tuple(maps.probs.shape[1:3]) == grid:
+        return each
+    return [F.interpolate(own[None], grid, mode=mode)[0].clamp_min(0) for own in each]
+
+
 def minmax(maps: Tensor) -> Tensor:
     """(..., h, w) to [0, 1]; a constant map to zero."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)

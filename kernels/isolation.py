@@ -209,7 +209,9 @@ def chosen_tokens(tokens: Tensor, chosen: Sequence[Tensor]) -> Tensor:
     return torch.cat(few, 2) if few else tokens.new_zeros(len(tokens), *tokens.shape[2:3], 0, tokens.shape[4])
 
 
-def reference_regions(targets: Tensor, subjects: Tensor, kept: Tensor | None = None) -> Isolation:
+def reference_regions(
+    targets: Tensor, subjects: Tensor, kept: Tensor | None = None, isolate: bool = True
+) -> Isolation:
     """The regions of IR-Diffusion's self-attention of a scene (arXiv 2411.19261).
 
     Keys are those of `subject_keys`, then the scene's own. A position in the target of subject i sees the keys of
@@ -221,6 +223,7 @@ def reference_regions(targets: Tensor, subjects: Tensor, kept: Tensor | None = N
         targets: (S, N) bool, the scene's positions of each subject.
         subjects: (n,) the subject of each reference key, from `subject_keys`; empty for isolation alone.
         kept: (S, N) bool, the targets with dropout: the positions that see their reference. Default `targets`.
+        isolate: False lets the scene see all of itself.
 
     Returns:
         Regions of N queries and n + N keys, the same for every sample.
@@ -241,7 +244,7 @@ def reference_regions(targets: Tensor, subjects: Tensor, kept: Tensor | None = N
     sets, region = torch.unique(torch.cat([targets, kept, every]).T, dim=0, return_inverse=True)
     inside, sees = sets[:, :count].double(), sets[:, count:-1]
     pairs = inside.sum(1)[:, None] * inside.sum(1) - inside @ inside.T  # of two different subjects
-    allow = torch.cat([sees, pairs == 0], 1)
+    allow = torch.cat([sees, (pairs == 0) | (not isolate)], 1)
     keys = torch.cat([subjects.to(region), region + count])
     return Isolation(region[None], keys[None], allow)
 

@@ -256,9 +256,12 @@ def test_isolation_by_words(kind: str) -> None:
 
 def test_masks_from_heat_are_disjoint_and_never_empty() -> None:
     torch.manual_seed(1)
-    for heat in (*torch.rand(20, 3, 7, 5), torch.ones(2, 4, 4), torch.rand(1, 6, 6).expand(3, 6, 6)):
+    for heat in torch.rand(20, 3, 7, 5):
         masks = masks_of(heat)
         assert masks.any((1, 2)).all()
+        assert masks.sum(0).max() == 1
+    for heat in (torch.ones(2, 4, 4), torch.rand(1, 6, 6).expand(3, 6, 6)):  # nothing to tell them apart by
+        assert masks_of(heat).any((1, 2)).all()
     blobs = torch.stack([ellipse(16, 16, (4, 4), (3, 3)), ellipse(16, 16, (11, 11), (3, 3))])
     assert torch.equal(masks_of(blobs * 0.9 + 0.05), blobs)
 
@@ -273,8 +276,14 @@ def test_rehearsal_draws_the_stock_pictures() -> None:
     found = regard.rehearse(pipe, PROMPTS, ["dog", "apple"], generator=noise, **options)
     noise = [torch.Generator().manual_seed(row) for row in range(3)]
     assert torch.equal(found.images, pipe(PROMPTS, generator=noise, **options).images)
-    assert found.portraits.shape[0] == found.scene.shape[0] == 2
-    assert not (found.scene[0] & found.scene[1]).any()
+    noise, seen = [torch.Generator().manual_seed(row) for row in range(3)], []
+    with regard.apply(pipe, regard.Watch((["dog"], ["apple"], ["dog", "apple"]), seen.append)):
+        pipe(PROMPTS, generator=noise, **options)
+    assert {maps.probs.shape[1:3] for maps in seen} == {(8, 8)}
+    for row, masks in enumerate((found.portraits[:1], found.portraits[1:], found.scene)):
+        words = [(maps.probs[row], maps.concepts[row]) for maps in seen]
+        heat = sum(torch.stack([probs[..., list(few)].mean(-1) for few in own]) for probs, own in words)
+        assert torch.equal(masks, masks_of(heat))
     with regard.apply(pipe, "ir_diffusion", portraits=found.portraits, scene=found.scene):
         assert torch.isfinite(draw(pipe, PROMPTS)).all()
 
