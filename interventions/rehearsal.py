@@ -23,7 +23,7 @@ class Rehearsal:
     Attributes:
         images: S portraits and the scene.
         portraits: (S, H, W) bool, the subject in each portrait.
-        scene: (S, H, W) bool, the subjects in the scene; detections are made disjoint, masks by words as `masks_of` says.
+        scene: (S, H, W) bool, the subjects in the scene; disjoint, but for subjects that the words cannot tell apart.
     """
 
     images: list[Any]
