@@ -46,12 +46,13 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("regard", "torch", "transformers")}
 
 
-def session(model: Any, batch_size: int, command: str | None) -> dict[str, Any]:
+def session(model: Any, batch_size: int, command: str | None, processes: int = 1) -> dict[str, Any]:
     """One start of the command: what may differ between the sessions of a run."""
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": command,
         "batch_size": batch_size,
+        "processes": processes,
         "device": _device_name(model.device),
         "python": platform.python_version(),
     }

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .benchmarks import BENCHMARKS
 from .cost import cost_cells
-from .results import ITEMS, MINIATURE_NOTE, TITLES, Results, chair_rows
+from .results import MINIATURE_NOTE, Results
 from .run_folder import Record, slug
 from .scores import Score
 from .settings import BASELINE
@@ -70,7 +71,7 @@ def _template(name: str) -> Any:
 
 
 def _title(results: Results) -> str:
-    names = " and ".join(TITLES[benchmark] for benchmark in results.metrics)
+    names = " and ".join(BENCHMARKS[benchmark].title for benchmark in results.metrics)
     return f"{names} on {results.config['model_name']}"
 
 
@@ -87,20 +88,19 @@ def headline(results: Results) -> list[str]:
     done = []
     for benchmark, recipes in results.metrics.items():
         first = recipes[BASELINE]
-        if benchmark == "pope":
-            done.append(
-                f"{_thousands(first['items'])} POPE questions on {_thousands(first['images'])} images"
-            )
-        else:
-            done.append(f"descriptions of {_thousands(first['images'])} images")
+        kind = BENCHMARKS[benchmark]
+        done.append(
+            f"{_thousands(first['items'])} {kind.title} {kind.units} on {_thousands(first['images'])} images"
+        )
     others = _others(results)
     compared = f", without and with {_listing(others)}" if others else ", without any recipe"
     text = " and ".join(done)
     sentences = [f"{text[0].upper()}{text[1:]}{compared}."]
-    for benchmark, key in (("pope", "mean_f1"), ("chair", "chair_s"), ("chair", "chair_i")):
-        if len(results.metrics.get(benchmark, ())) > 1:
-            score = next(s for s in results.scores(benchmark) if s.key == key)
-            sentences.append(_change_sentence(benchmark, score, results.metrics[benchmark]))
+    for benchmark, recipes in results.metrics.items():
+        if len(recipes) > 1:
+            scores = {score.key: score for score in results.scores(benchmark)}
+            for key in BENCHMARKS[benchmark].headline:
+                sentences.append(_change_sentence(benchmark, scores[key], recipes))
     return sentences
 
 
@@ -116,7 +116,8 @@ def _change_sentence(benchmark: str, score: Score, recipes: Mapping[str, Any]) -
         parts.append(
             f"{number(entry['value'], score)} with {recipe} ({number(change['value'], score, True)}, {sure})"
         )
-    where = "POPE " if benchmark == "pope" else ""
+    kind = BENCHMARKS[benchmark]
+    where = "" if score.title.startswith(kind.title) else f"{kind.title} "
     aim = ", where less is better" if score.better < 0 else ""
     return f"{where}{score.title} is {start} without{aim}; {_listing(parts)}."
 
@@ -143,13 +144,13 @@ def _block(results: Results, benchmark: str, plotted: bool = True) -> dict[str, 
         rows.append({"title": score.title, "aim": aim, "cells": cells, "main": score.main, "group": group})
     first = recipes[BASELINE]
     return {
-        "name": TITLES[benchmark],
+        "name": BENCHMARKS[benchmark].title,
         "recipes": list(recipes),
         "rows": rows,
         "counts": _count_rows(benchmark, recipes),
-        "size": f"{_thousands(first['items'])} {ITEMS[benchmark]} on {_thousands(first['images'])} images",
-        "plots": _plots(benchmark, recipes) if plotted else [],
-        "reading": _reading(benchmark, first),
+        "size": f"{_thousands(first['items'])} {BENCHMARKS[benchmark].units} on {_thousands(first['images'])} images",
+        "plots": _plots(results, benchmark) if plotted else [],
+        "reading": BENCHMARKS[benchmark].reading(results.config["scoring"]),
     }
 
 
@@ -174,11 +175,9 @@ def _count_rows(benchmark: str, recipes: Mapping[str, Any]) -> list[tuple[str, l
     """Facts beside the scores, one row each: (title, one cell per recipe)."""
     found = list(recipes.values())
     rows = []
-    if benchmark == "pope":
+    if "unclear" in found[0]:
         rows.append(("unclear answers", [f"{m['unclear']} of {m['items']}" for m in found]))
-    good, bad = (
-        ("became right", "became wrong") if benchmark == "pope" else ("became clean", "ceased to be clean")
-    )
+    good, bad = BENCHMARKS[benchmark].became
     if len(found) > 1:
         tests = [m.get("mcnemar") for m in found]
         rows.append((good, ["" if t is None else str(t["gained"]) for t in tests]))
@@ -191,42 +190,29 @@ def _count_rows(benchmark: str, recipes: Mapping[str, Any]) -> list[tuple[str, l
     return rows
 
 
-def _reading(benchmark: str, first: Mapping[str, Any]) -> str:
-    if benchmark == "pope":
-        return f"Answers are read by the {first['parser']} parser. Means are over the splits."
-    return (
-        f"CHAIR_S is the share of captions that name an object that is not there, CHAIR_I the share of such "
-        f"mentions. Words: {first['words']}. A recipe that makes captions shorter lowers both, so recall and "
-        "length stand beside them."
-    )
-
-
-def _plots(benchmark: str, recipes: Mapping[str, Any]) -> list[dict[str, str]]:
-    if benchmark == "pope":
-        splits = [key[: -len(".f1")] for key in next(iter(recipes.values()))["scores"] if key.endswith(".f1")]
-        changes = [("mean F1", "mean_f1"), *((f"F1, {split}", f"{split}.f1") for split in splits)]
-        changes += [("accuracy", "mean_accuracy"), ("yes ratio", "mean_yes_ratio")]
-        values = [(split, plots.dots(recipes, f"{split}.f1")) for split in splits]
-        second = (
-            "F1 in each split",
-            plots.intervals("F1 in each split", values, "F1, percent", name="pope-values"),
-        )
-    else:
-        changes = [("CHAIR_S", "chair_s"), ("CHAIR_I", "chair_i"), ("recall", "recall"), ("F1", "f1")]
-        pairs = list(zip(plots.dots(recipes, "recall"), plots.dots(recipes, "chair_i"), strict=False))
-        title = "Hallucinated mentions against recall: lower right is better"
-        axes = ("recall, percent", "CHAIR_I, percent")
-        second = (title, plots.against(title, pairs, axes, name="chair-values"))
+def _plots(results: Results, benchmark: str) -> list[dict[str, str]]:
+    kind, recipes = BENCHMARKS[benchmark], results.metrics[benchmark]
+    scores = {score.key: score for score in results.scores(benchmark)}
     found = []
     if len(recipes) > 1:
         title = "Change against none, with 95 % intervals"
-        rows = [(label, plots.dots(recipes, key, change=True)) for label, key in changes]
+        shown = [scores[key] for key in kind.plotted(results.data(benchmark))]
+        rows = [(score.title, plots.dots(recipes, score.key, change=True)) for score in shown]
         rows = [(label, dots) for label, dots in rows if dots]
         if rows:
             svg = plots.intervals(title, rows, "percentage points", zero=True, name=f"{benchmark}-change")
             found.append({"title": title, "svg": svg})
-    found.append({"title": second[0], "svg": second[1]})
-    return found
+    if kind.tradeoff:
+        across, up = (scores[key] for key in kind.tradeoff)
+        title = f"{up.title} against {across.title}"
+        pairs = list(zip(plots.dots(recipes, across.key), plots.dots(recipes, up.key), strict=False))
+        axes = (f"{across.title}, percent", f"{up.title}, percent")
+        svg = plots.against(title, pairs, axes, name=f"{benchmark}-values")
+    else:
+        title = "Values, with 95 % intervals"
+        values = [(score.title, plots.dots(recipes, score.key)) for score in scores.values() if score.main]
+        svg = plots.intervals(title, [row for row in values if row[1]], "percent", name=f"{benchmark}-values")
+    return [*found, {"title": title, "svg": svg}]
 
 
 def caption_examples(results: Results) -> dict[str, Any]:
@@ -234,8 +220,10 @@ def caption_examples(results: Results) -> dict[str, Any]:
     recipes = list(results.metrics["chair"])
     rows: dict[str, dict[str, Record]] = {}
     for recipe in recipes:
-        for row in chair_rows(results.folder, results.items("chair", recipe)):
-            rows.setdefault(row["image"], {})[recipe] = row
+        for record in results.items("chair", recipe).values():
+            view = BENCHMARKS["chair"].view(record, results.data("chair"), results.config["scoring"])
+            row = {"caption": record["answer"], "marks": view.marks, "truth": view.truth}
+            rows.setdefault(record["image"], {})[recipe] = row
     whole = {image: found for image, found in rows.items() if len(found) == len(recipes)}
 
     def rank(found: Mapping[str, Record]) -> int:
@@ -316,13 +304,13 @@ def _setup(results: Results) -> list[tuple[str, list[str]]]:
     ]
     for name, part in config["data"].items():
         facts = [str(config["source"]), f"{part['images']} images, SHA-256 {part['images_sha256'][:16]}…"]
-        if "questions" in part:
-            digest = f"SHA-256 {part['questions_sha256'][:16]}…"
-            facts.append(f"{part['questions']} questions, version {part['version']}, {digest}")
-        lines.append((f"{TITLES[name]} data", facts))
+        if "items" in part:
+            version = f", version {part['version']}" if "version" in part else ""
+            facts.append(f"{part['items']} items{version}, SHA-256 {part['items_sha256'][:16]}…")
+        lines.append((f"{BENCHMARKS[name].title} data", facts))
     for name, prompt in config["prompts"].items():
         limit = config["generation"][name]["max_new_tokens"]
-        lines.append((f"{TITLES[name]} prompt", [prompt, f"greedy, at most {limit} new tokens"]))
+        lines.append((f"{BENCHMARKS[name].title} prompt", [prompt, f"greedy, at most {limit} new tokens"]))
     for label, parts in config["recipes"].items():
         lines.append(
             (f"recipe {label}", [_fields(part) for part in parts] or ["the same engine with a null edit"])
@@ -347,7 +335,7 @@ def _engine_reports(results: Results) -> list[tuple[str, str]]:
         for recipe in results.metrics[benchmark]:
             report = results.folder.read_json(f"reports/{benchmark}-{slug(recipe)}.json")
             if report:
-                found.append((f"{TITLES[benchmark]}, {recipe}", report["text"]))
+                found.append((f"{BENCHMARKS[benchmark].title}, {recipe}", report["text"]))
     return found
 
 

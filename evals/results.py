@@ -1,22 +1,22 @@
 """The results of a run: scores, intervals, tests; as a table, a page, a folder."""
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .chair import CaptionRecord, score_chair
+from .benchmark import Data
+from .benchmarks import BENCHMARKS
 from .data import MINIATURE
-from .pope import Question, pope_items
 from .run_folder import Record, RunFolder, RunFolderError, slug
-from .scores import Counted, Score, chair_counts, chair_scores, measure, pope_counts, pope_scores
+from .scores import Counted, Score, measure
 from .settings import BASELINE
 
-TITLES = {"pope": "POPE", "chair": "CHAIR"}
-ITEMS = {"pope": "questions", "chair": "captions"}
 MINIATURE_NOTE = (
     "The miniature is a small model trained on drawn scenes: its figures show that the tools work, and they prove "
     "nothing about a 7B model."
@@ -68,7 +68,11 @@ class Results:
 
     def scores(self, benchmark: str) -> list[Score]:
         """The scores of a benchmark, in the order of the page."""
-        return chair_scores() if benchmark == "chair" else pope_scores(list(_questions(self.folder)))
+        return BENCHMARKS[benchmark].scores(self.data(benchmark))
+
+    def data(self, benchmark: str) -> Data:
+        """What the benchmark asked, and what scores it."""
+        return run_data(self.folder, benchmark)
 
     def to_dict(self) -> dict[str, Any]:
         """Configuration, metrics and unfinished parts, ready for JSON."""
@@ -146,18 +150,18 @@ def build_results(folder: RunFolder, temporary: Any = None) -> Results:
     """
     results = Results(folder, {}, {}, temporary)
     for benchmark in folder.config["benchmarks"]:
-        wanted = expected_ids(folder, benchmark)
+        wanted = [item.id for item in BENCHMARKS[benchmark].items(run_data(folder, benchmark))]
         baseline: Counted | None = None
         found: dict[str, Any] = {}
         for recipe in folder.config["recipes"]:
-            items = folder.read_items(benchmark, recipe)
-            missing = [item for item in wanted if item not in items]
+            places = folder.places(benchmark, recipe)
+            missing = [item for item in wanted if item not in places]
             if missing:
                 results.unfinished[f"{benchmark} {recipe}"] = (len(wanted) - len(missing), len(wanted))
                 if recipe == BASELINE:
                     break  # nothing to compare with
                 continue
-            counted = count(folder, benchmark, recipe, {item: items[item] for item in wanted})
+            counted = count(folder, benchmark, recipe, [places[item] for item in wanted])
             found[recipe] = measure(counted, results.scores(benchmark), baseline)
             baseline = baseline or counted
         if found:
@@ -170,88 +174,55 @@ def build_results(folder: RunFolder, temporary: Any = None) -> Results:
     return results
 
 
-def expected_ids(folder: RunFolder, benchmark: str) -> list[str]:
-    """The ids of all items of a benchmark."""
-    if benchmark == "chair":
-        return list(_truth(folder))
-    return [f"{split}/{q.question_id}" for split, rows in _questions(folder).items() for q in rows]
-
-
-def count(folder: RunFolder, benchmark: str, recipe: str, items: Mapping[str, Record]) -> Counted:
-    """Finished items as numbers, by the published definitions."""
-    counted = _count_chair(folder, items) if benchmark == "chair" else _count_pope(folder, items)
-    generated = [item for item in items.values() if "same_as" not in item]
+def count(folder: RunFolder, benchmark: str, recipe: str, places: list[int]) -> Counted:
+    """Finished items as numbers, by the published definitions; one item is in memory at a time."""
+    cost = _Cost()
+    records = cost.watch(folder.stream(benchmark, recipe, places))
+    counted = BENCHMARKS[benchmark].count(records, run_data(folder, benchmark), folder.config["scoring"])
     report = folder.read_json(f"reports/{benchmark}-{slug(recipe)}.json") or {}
-    counted.facts.update(
-        peak_memory=report.get("peak_memory"),
-        cut=sum(bool(item["cut"]) for item in items.values()),
-        tokens=sum(item["tokens"] for item in generated),
-        seconds=round(sum(item["seconds"] for item in generated), 3),
-        # The median leaves out the slow first batch.
-        median_seconds=median(item["seconds"] for item in generated),
-    )
+    counted.facts.update(peak_memory=report.get("peak_memory"), **cost.facts())
     return counted
 
 
-def _count_pope(folder: RunFolder, items: Mapping[str, Record]) -> Counted:
-    questions = _questions(folder)
-    parser = folder.config["scoring"]["parser"]
-    found = pope_items(questions, [item["answer"] for item in items.values()], parser)
-    counts = pope_counts(found.splits, found.labels, found.predictions, list(questions), parser)
-    facts = {"unclear": sum(found.unclear), "parser": parser}
-    return Counted(found.ids, found.images, counts, found.correct.astype(bool), facts)
+class _Cost:
+    """Tokens and seconds of the answers that pass."""
+
+    def __init__(self) -> None:
+        self.tokens, self.cut = 0, 0
+        self.seconds: list[float] = []
+
+    def watch(self, records: Iterator[Record]) -> Iterator[Record]:
+        """The records, noted as they pass; one that shares another's answer costs nothing."""
+        for record in records:
+            self.cut += bool(record["cut"])
+            if "same_as" not in record:
+                self.tokens += record["tokens"]
+                self.seconds.append(record["seconds"])
+            yield record
+
+    def facts(self) -> dict[str, Any]:
+        """The median leaves out the slow first batch."""
+        return {
+            "cut": self.cut,
+            "tokens": self.tokens,
+            "seconds": round(sum(self.seconds), 3),
+            "median_seconds": median(self.seconds),
+        }
 
 
-def _count_chair(folder: RunFolder, items: Mapping[str, Record]) -> Counted:
-    counts = chair_counts(chair_rows(folder, items))
-    images = list(items)
-    return Counted(images, images, counts, counts[:, 1] == 0, {"words": folder.config["scoring"]["words"]})
+def run_data(folder: RunFolder, benchmark: str) -> Data:
+    """What a benchmark of a run asked.
+
+    Raises:
+        RunFolderError: its file is missing.
+    """
+    file = folder.path / "data" / f"{benchmark}.json"
+    if not file.is_file():
+        raise RunFolderError(f"{file} is missing: start the run again to restore it")
+    return _read_data(file, file.stat().st_mtime_ns)
 
 
-def chair_rows(folder: RunFolder, items: Mapping[str, Record]) -> list[Record]:
-    """One row for each caption: its counts, its text, and its objects as (start, end, right, object) marks."""
-    scoring = folder.config["scoring"]
-    captions = {item["image"]: item["answer"] for item in items.values()}
-    truth = {image: things for image, things in _truth(folder).items() if image in captions}
-    scored = score_chair(captions, truth, scoring["words"], scoring["drop_unfinished"])
-    return [_chair_row(record) for record in scored.captions]
-
-
-def _chair_row(record: CaptionRecord) -> Record:
-    truth = set(record.truth)
-    words = record.caption.lower().split()
-    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-    return {
-        "image": record.image,
-        "caption": record.caption,
-        "truth": record.truth,
-        "marks": [(m.start, m.end, m.node in truth, m.node) for m in record.mentions],
-        "captions": 1,
-        "hallucinated_captions": int(bool(record.hallucinated)),
-        "mentions": len(record.mentions),
-        "hallucinated_mentions": len(record.hallucinated),
-        "right_objects": len(record.right),
-        "named_objects": len({m.node for m in record.mentions}),
-        "true_objects": len(record.truth),
-        "length": record.words,
-        "runs": len(runs),
-        "repeated_runs": len(runs) - len(set(runs)),
-    }
-
-
-def _questions(folder: RunFolder) -> dict[str, list[Question]]:
-    found = folder.read_json("data/questions.json")
-    if found is None:
-        raise RunFolderError(
-            f"{folder.path / 'data' / 'questions.json'} is missing: start the run again to restore it"
-        )
-    return {split: [Question(**row) for row in rows] for split, rows in found.items()}
-
-
-def _truth(folder: RunFolder) -> dict[str, list[str]]:
-    found = folder.read_json("data/truth.json")
-    if found is None:
-        raise RunFolderError(
-            f"{folder.path / 'data' / 'truth.json'} is missing: start the run again to restore it"
-        )
-    return dict(found)
+@lru_cache(maxsize=4)
+def _read_data(file: Path, changed: int) -> Data:
+    data: Data = json.loads(file.read_text(encoding="utf-8"))
+    return data

@@ -1,9 +1,10 @@
 """A run is a folder: its configuration, its data, one JSON line per finished item, its scores and its page.
 
     config.json                     what was asked for, with which versions, prompts and recipes
-    data/questions.jsonl            the POPE questions            data/truth.json     the objects of each image
-    data/images/                    the miniature's scenes, or small copies of the images that the page shows
+    data/<benchmark>.json           what was asked, and what scores it
+    data/images/                    small copies of the images that the page shows
     items/<benchmark>-<recipe>.jsonl
+    items/rank-<n>/...              what process n of several has done; joined to the above when all have finished
     reports/<benchmark>-<recipe>.json   what the engine did
     metrics.json   report.html
 
@@ -14,7 +15,7 @@ when the folder is opened again, and its item is done again; no finished line is
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,42 +97,72 @@ class RunFolder:
         Raises:
             RunFolderError: a line other than the last cannot be read.
         """
-        file = self.items_file(benchmark, recipe)
-        if not file.is_file():
-            return {}
-        records: dict[str, Record] = {}
-        for number, line in enumerate(_whole_lines(file.read_bytes()), start=1):
-            try:
-                record = json.loads(line)
-                records[record["id"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunFolderError(
-                    f"{file}, line {number} is no item ({error}): delete that line and start again, "
-                    "then only its item is done again"
-                ) from error
-        return records
+        return {record["id"]: record for record, *_ in _records(self.items_file(benchmark, recipe))}
 
-    def drop_torn_line(self, benchmark: str, recipe: str) -> bool:
-        """Cut the file back to its last whole line. True when there was something to cut."""
-        file = self.items_file(benchmark, recipe)
-        if not file.is_file():
-            return False
-        content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole == len(content):
-            return False
-        os.truncate(file, whole)
-        return True
+    def places(self, benchmark: str, recipe: str) -> dict[str, int]:
+        """Where in its file each finished item begins, in bytes; for `stream`."""
+        return {record["id"]: at for record, at, _ in _records(self.items_file(benchmark, recipe))}
 
-    def append(self, benchmark: str, recipe: str, records: Iterable[Record]) -> None:
-        """Add finished items: one write, on the disk before this returns."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    def stream(self, benchmark: str, recipe: str, places: Iterable[int]) -> Iterator[Record]:
+        """Items from these places one after the other, so that memory does not grow with their number."""
         file = self.items_file(benchmark, recipe)
-        file.parent.mkdir(exist_ok=True)
-        with file.open("ab") as stream:
-            stream.write(lines.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        if file.is_file():
+            with file.open("rb") as lines:
+                for at in places:
+                    lines.seek(at)
+                    yield json.loads(lines.readline())
+
+    def join(self, benchmark: str, recipe: str, order: Iterable[str]) -> None:
+        """Move what several processes have done into one file, in the order of one process, each item once.
+
+        A kill in between loses nothing: the parts go when all is on the disk.
+        """
+        parts = sorted(self.path.glob(f"items/rank-*/{self.items_file(benchmark, recipe).name}"))
+        if not parts:
+            return
+        self.drop_torn_line(benchmark, recipe)
+        done = self.places(benchmark, recipe)
+        found = {record["id"]: line for part in parts for record, _, line in _records(part)}
+        lines = [found[item] for item in order if item in found and item not in done]
+        self._write_lines(self.items_file(benchmark, recipe), lines)
+        for part in parts:
+            part.unlink()
+
+    def drop_torn_line(self, benchmark: str, recipe: str) -> None:
+        """Cut the file back to its last whole line."""
+        file = self.items_file(benchmark, recipe)
+        if file.is_file():
+            os.truncate(file, _whole_size(file))
+
+    def append(self, benchmark: str, recipe: str, records: Iterable[Record], rank: int | None = None) -> None:
+        """Add finished items: one write, on the disk before this returns.
+
+        Args:
+            benchmark, recipe: whose items.
+            records: the items.
+            rank: of this process among several, which do not write into one file.
+
+        Raises:
+            RunFolderError: the disk is full, or the file cannot be written. What was there before stays.
+        """
+        file = self.items_file(benchmark, recipe)
+        if rank is not None:
+            file = file.with_name(f"rank-{rank}") / file.name
+        self._write_lines(file, [json.dumps(record, ensure_ascii=False).encode() for record in records])
+
+    def _write_lines(self, file: Path, lines: Iterable[bytes]) -> None:
+        content = b"".join(line + b"\n" for line in lines)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise RunFolderError(
+                f"{file} cannot be written ({error.strerror or error}): what was finished before is kept. Make "
+                "room, and start the same command again"
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file in one step, so that a kill leaves the old one or the new one."""
@@ -176,9 +207,30 @@ def slug(label: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", label).strip("_")
 
 
-def _whole_lines(content: bytes) -> list[bytes]:
-    """Lines that were written to their end: a last one without its newline is what a kill left behind."""
-    return [line for line in content[: content.rfind(b"\n") + 1].split(b"\n") if line.strip()]
+def _records(file: Path) -> Iterator[tuple[Record, int, bytes]]:
+    """(record, where its line begins, its line) of a file; a last line without its end is what a kill left."""
+    if not file.is_file():
+        return
+    at = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n") and line.strip():
+                try:
+                    record = json.loads(line)
+                    record["id"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise RunFolderError(
+                        f"{file}, line {number} is no item ({error}): delete that line and start again, "
+                        "then only its item is done again"
+                    ) from error
+                yield record, at, line[:-1]
+            at += len(line)
+
+
+def _whole_size(file: Path) -> int:
+    """Size of a file up to the end of its last whole line."""
+    with file.open("rb") as stream:
+        return sum(len(line) for line in stream if line.endswith(b"\n"))
 
 
 def _merged(path: Path, old: Record, new: Record) -> Record:

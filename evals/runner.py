@@ -1,35 +1,37 @@
-"""Run benchmarks on a model with and without interventions; every item is on disk as soon as it is done."""
+"""Run benchmarks on a model with and without interventions; every item is on disk as soon as it is done.
+
+Under `accelerate launch`, every process takes its share of the batches. Batches are cut as one process would cut them,
+so that answers do not depend on the number of processes.
+"""
 
 import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 
-from ..hooks.errors import UnknownName
+from . import protocol as protocols
+from .benchmark import Item
 from .cost import PeakMemory
 from .data import MINIATURE, Dataset, load_data
-from .generation import Search, generate, left_padding, make_inputs, make_prompt
-from .pope import PARSERS
+from .generation import Search, generate, left_padding, make_inputs
+from .protocol import Protocol
 from .provenance import describe_model, model_name, session, versions
 from .results import Results, build_results
 from .run_folder import EvalError, Record, RunFolder, slug
 from .settings import Recipe, Setting, fill_matchers, find_sinks, make_settings, with_controls
-from .sources import Sources
-from .words import chair_words
+from .sources import DataError, Sources
 
-BENCHMARKS = ("pope", "chair")
 CAPTION_PROMPT = "Please describe this image in detail."
 _SINK_IMAGES = 8
-# POPE's answers are read up to the first full stop; CHAIR's published setting for whole descriptions is 512.
-_MAX_NEW_TOKENS = {"pope": 16, "chair": 512}
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,12 @@ class _Work:
 
     image: str
     text: str
-    ids: list[str] = field(default_factory=list)
-    facts: list[Record] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[str]:
+        """The items that it answers."""
+        return [item.id for item in self.items]
 
 
 def evaluate(
@@ -74,17 +80,17 @@ def evaluate(
     Args:
         model: a transformers image-text-to-text model, in eval mode.
         processor: its processor.
-        benchmark: "pope", "chair", or both.
+        benchmark: one or several of `BENCHMARKS`, such as "pope" or "chair".
         recipes: names ("vhr", "var:transfer=0.3", "vhr+var"), intervention objects, or {label: recipe}.
         data: "miniature", a folder with images and COCO or POPE files, or `Sources`.
         items: most images of each benchmark. POPE asks up to eighteen questions on an image.
         seed: of the draw of images, the miniature's scenes, and the questions that are built.
         out: the run's folder. None keeps it in a temporary place until `Results.save`.
         batch_size: prompts generated at once. Smaller batches need less memory.
-        max_new_tokens: limit for one answer, or one per benchmark; None is 16 for POPE and 512 for CHAIR.
+        max_new_tokens: limit for one answer, or one per benchmark; None is 16 for questions and 512 for captions.
         temperature: 0 is greedy; above, tokens are drawn, with one seed a batch, the same for all recipes.
         num_beams: of beam search; "opera" needs it, and a batch size of 1.
-        question_suffix: added to POPE's questions, for instance
+        question_suffix: added to questions, for instance
             "\\nAnswer the question using a single word or phrase." as LLaVA does.
         caption_prompt: what CHAIR asks for.
         template: the prompt with `{question}` in it; None uses the processor's chat template.
@@ -102,26 +108,28 @@ def evaluate(
         EvalError: the model is in training mode, or another argument makes no sense.
     """
     benchmarks = [benchmark] if isinstance(benchmark, str) else list(dict.fromkeys(benchmark))
-    words = check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
-    _check_model(model, batch_size)
-    search = Search(temperature, num_beams, seed)
-    settings = fill_matchers(make_settings(recipes, model, processor), model, processor)
-    _check_search(settings, search, batch_size)
-    if search.samples:
-        settings = with_controls(settings)
-    protocol = _Protocol(
-        prompts={"pope": f"{{question}}{question_suffix}", "chair": caption_prompt},
+    words = protocols.check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
+    protocols.check_model(model, batch_size)
+    protocol = Protocol(
+        prompts=protocols.prompts(benchmarks, question_suffix, caption_prompt),
         template=template,
-        limits=_limits(benchmarks, max_new_tokens),
-        search=search,
+        limits=protocols.limits(benchmarks, max_new_tokens),
+        search=Search(temperature, num_beams, seed),
         scoring={"parser": parser, "words": words, "drop_unfinished": drop_unfinished},
     )
+    settings = fill_matchers(make_settings(recipes, model, processor), model, processor)
+    protocols.check_search(settings, protocol.search, batch_size)
+    if protocol.search.samples:
+        settings = with_controls(settings)
+    state = PartialState()
     temporary = None
     if out is None:
+        if state.num_processes > 1:
+            raise EvalError(f"{state.num_processes} processes need a folder that they share: give out=")
         temporary = tempfile.TemporaryDirectory(prefix="regard-run-")
         out = temporary.name
     with tempfile.TemporaryDirectory(prefix="regard-data-") as scratch:
-        dataset = load_data(data, benchmarks, items, seed, Path(scratch), words)
+        dataset = load_data(data, benchmarks, items, seed, Path(scratch), protocol.scoring)
         settings = _prepare(settings, model, processor, dataset, protocol)
         config = {
             "source": dataset.name,
@@ -132,43 +140,31 @@ def evaluate(
             "data": dataset.describe(),
             "recipes": {setting.label: setting.describe() for setting in settings},
             "versions": versions(),
-            "sessions": [session(model, batch_size, command)],
+            "sessions": [session(model, batch_size, command, state.num_processes)],
             **protocol.describe(processor, batch_size),
         }
-        folder = RunFolder.create(out, config)
+        folder = _open(Path(out), config, dataset, state)
         try:
-            _keep_data(folder, dataset)
-            _Runner(model, processor, folder, dataset, protocol, batch_size).run(settings, progress)
+            _Runner(model, processor, folder, dataset, protocol, batch_size, state).run(settings, progress)
+            if not state.is_main_process:
+                state.wait_for_everyone()
+                return Results.load(out)
             results = build_results(folder, temporary)
             results.write(dataset.files)
         finally:
             folder.close()
+        state.wait_for_everyone()
     return results
 
 
-@dataclass(frozen=True)
-class _Protocol:
-    """How questions are put and answered: prompts and token limits by benchmark, search, and scoring."""
-
-    prompts: Mapping[str, str]
-    template: str | None
-    limits: Mapping[str, int]
-    search: Search
-    scoring: Mapping[str, Any]
-
-    def full_prompt(self, processor: Any, text: str) -> str:
-        """A question as the model reads it."""
-        return make_prompt(processor, text, self.template)
-
-    def describe(self, processor: Any, batch_size: int) -> dict[str, Any]:
-        """Its part of `config.json`."""
-        search = self.search.describe(batch_size)
-        return {
-            "benchmarks": list(self.limits),
-            "prompts": {name: self.full_prompt(processor, self.prompts[name]) for name in self.limits},
-            "generation": {name: {"max_new_tokens": most, **search} for name, most in self.limits.items()},
-            "scoring": self.scoring,
-        }
+def _open(out: Path, config: Mapping[str, Any], dataset: Dataset, state: PartialState) -> RunFolder:
+    """The run's folder: the first process makes it, the others read it."""
+    if state.is_main_process:
+        folder = RunFolder.create(out, config)
+        for name, data in dataset.parts.items():  # so that a run can be scored from its folder alone
+            folder.write_json(f"data/{name}.json", data)
+    state.wait_for_everyone()
+    return folder if state.is_main_process else RunFolder.load(out)
 
 
 class _Runner:
@@ -180,28 +176,40 @@ class _Runner:
         processor: Any,
         folder: RunFolder,
         dataset: Dataset,
-        protocol: _Protocol,
+        protocol: Protocol,
         batch_size: int,
+        state: PartialState,
     ) -> None:
         self.model, self.processor, self.folder = model, processor, folder
         self.dataset, self.protocol, self.batch_size = dataset, protocol, batch_size
+        self.state = state
+        self.rank = state.process_index if state.num_processes > 1 else None
 
     def run(self, settings: Sequence[Setting], progress: bool) -> None:
         """Every benchmark with every setting, the baseline first."""
-        with _bars(progress) as bars, left_padding(self.processor):
+        with _bars(progress and self.state.is_main_process) as bars, left_padding(self.processor):
             for benchmark in self.protocol.limits:
                 units = _work(self.dataset, benchmark, self.protocol.prompts[benchmark])
                 for setting in settings:
                     self._run_one(benchmark, setting, units, bars)
 
+    def _join(self, benchmark: str, setting: Setting, order: Sequence[str]) -> None:
+        """Bring what several processes have done into one file; all wait for it."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.folder.join(benchmark, setting.label, order)
+        self.state.wait_for_everyone()
+
     def _run_one(self, benchmark: str, setting: Setting, units: list[_Work], bars: Any) -> None:
-        self.folder.drop_torn_line(benchmark, setting.label)
-        done = self.folder.read_items(benchmark, setting.label)
-        total = sum(len(unit.ids) for unit in units)
-        task = bars.add_task(f"{benchmark} {setting.label}", total=total, completed=len(done))
+        order = [item for unit in units for item in unit.ids]
+        self._join(benchmark, setting, order)  # a stopped session may have left parts
+        if self.rank is None:
+            self.folder.drop_torn_line(benchmark, setting.label)
+        done = self.folder.places(benchmark, setting.label).keys()
+        task = bars.add_task(f"{benchmark} {setting.label}", total=len(order), completed=len(done))
         # Batches are cut before the finished items leave them, so a resumed run forms the same ones.
         batches = [units[place : place + self.batch_size] for place in range(0, len(units), self.batch_size)]
-        waiting = [[unit for unit in batch if not done.keys() >= set(unit.ids)] for batch in batches]
+        waiting = [[unit for unit in batch if not done >= set(unit.ids)] for batch in batches]
         if not any(waiting):
             return
         if self.protocol.search.samples:  # a draw depends on the whole batch
@@ -209,22 +217,19 @@ class _Runner:
         memory = PeakMemory(self.model.device)
         with setting.attach(self.model) as run:
             memory.start()
-            for number, batch in enumerate(waiting):
-                if batch:
-                    records = self._answer(benchmark, setting, number, batch, done)
-                    self.folder.append(benchmark, setting.label, records)
-                    bars.advance(task, len(records))
+            todo = [(number, batch) for number, batch in enumerate(waiting) if batch]
+            for number, batch in todo[self.state.process_index :: self.state.num_processes]:
+                records = self._answer(benchmark, setting, number, batch, done)
+                self.folder.append(benchmark, setting.label, records, self.rank)
+                bars.advance(task, len(records) * self.state.num_processes)
             report = run.report()
-        facts = {"text": str(report), "peak_memory": memory.peak(), **report.to_dict()}
-        self.folder.write_json(f"reports/{benchmark}-{slug(setting.label)}.json", facts)
+        self._join(benchmark, setting, order)
+        if self.state.is_main_process:
+            facts = {"text": str(report), "peak_memory": memory.peak(), **report.to_dict()}
+            self.folder.write_json(f"reports/{benchmark}-{slug(setting.label)}.json", facts)
 
     def _answer(
-        self,
-        benchmark: str,
-        setting: Setting,
-        number: int,
-        batch: Sequence[_Work],
-        done: Mapping[str, Record],
+        self, benchmark: str, setting: Setting, number: int, batch: Sequence[_Work], done: Collection[str]
     ) -> list[Record]:
         search = self.protocol.search
         search = replace(search, seed=zlib.crc32(f"{search.seed}/{benchmark}/{number}".encode()))
@@ -242,23 +247,23 @@ class _Runner:
         seconds = (time.perf_counter() - start) / len(batch)
         records = []
         for unit, prompt, reply in zip(batch, prompts, replies, strict=True):
-            for item, facts in zip(unit.ids, unit.facts, strict=True):
-                if item in done:
+            for item in unit.items:
+                if item.id in done:
                     continue
-                record = {"id": item, "image": unit.image, "recipe": setting.label, **facts, "prompt": prompt}
-                record |= {"answer": reply.text, "tokens": reply.tokens, "cut": reply.cut}
-                record["seconds"] = round(seconds, 5) if item == unit.ids[0] else 0.0
-                if item != unit.ids[0]:
-                    record["same_as"] = unit.ids[0]
+                record = {"id": item.id, "image": unit.image, "recipe": setting.label, **item.facts}
+                record |= {"prompt": prompt, "answer": reply.text, "tokens": reply.tokens, "cut": reply.cut}
+                record["seconds"] = round(seconds, 5) if item is unit.items[0] else 0.0
+                if item is not unit.items[0]:
+                    record["same_as"] = unit.items[0].id
                 records.append(record)
         return records
 
 
 def _prepare(
-    settings: list[Setting], model: Any, processor: Any, dataset: Dataset, protocol: _Protocol
+    settings: list[Setting], model: Any, processor: Any, dataset: Dataset, protocol: Protocol
 ) -> list[Setting]:
     """Settle what depends on the model, and attach each setting once, so that what cannot work fails now."""
-    prompt = protocol.full_prompt(processor, protocol.prompts["chair"])
+    prompt = protocol.full_prompt(processor, CAPTION_PROMPT)
 
     def inputs() -> Mapping[str, Any]:
         files = list(dataset.files.values())[:_SINK_IMAGES]
@@ -276,78 +281,27 @@ def _prepare(
 def _work(dataset: Dataset, benchmark: str, prompt: str) -> list[_Work]:
     """What to generate, like beside like: short batches pad less."""
     units: dict[tuple[str, str], _Work] = {}
-    if benchmark == "pope":
-        for split, questions in dataset.questions.items():
-            for q in questions:
-                text = prompt.replace("{question}", q.text)
-                unit = units.setdefault((q.image, text), _Work(q.image, text))
-                unit.ids.append(f"{split}/{q.question_id}")
-                unit.facts.append({"split": split, "label": q.label, "question": q.text})
-    else:
-        for image in dataset.truth:
-            units[image, prompt] = _Work(image, prompt, [image], [{}])
+    for item in dataset.items[benchmark]:
+        text = prompt.replace("{question}", item.text)
+        units.setdefault((item.image, text), _Work(item.image, text)).items.append(item)
     sizes = dataset.sizes
     return sorted(units.values(), key=lambda unit: (sizes[unit.image], len(unit.text), unit.image, unit.text))
 
 
 def _read(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
+    """An image as RGB.
 
-
-def check_names(benchmarks: Sequence[str], parser: str, words: str | None) -> str:
-    """Raise for a name that nobody knows; the name of the word configuration otherwise."""
-    if not benchmarks:
-        raise EvalError(f"no benchmark is named; known: {', '.join(BENCHMARKS)}")
-    for name in benchmarks:
-        if name not in BENCHMARKS:
-            raise UnknownName("benchmark", name, BENCHMARKS)
-    if parser not in PARSERS:
-        raise UnknownName("answer parser", parser, PARSERS)
-    return chair_words(words).name
-
-
-def _check_model(model: Any, batch_size: int) -> None:
-    if getattr(model, "training", False):
-        raise EvalError(
-            "the model is in training mode, where dropout changes answers: call model.eval() first"
-        )
-    if batch_size < 1:
-        raise EvalError(f"batch_size={batch_size}: at least one prompt is needed")
-
-
-def _check_search(settings: Sequence[Setting], search: Search, batch_size: int) -> None:
-    """OPERA has its own search: better known before the other recipes have run."""
-    named = {getattr(part, "name", part) for setting in settings for part in setting.interventions}
-    if "opera" in named and (search.num_beams == 1 or search.samples or batch_size > 1):
-        raise EvalError(
-            f"opera is a beam search of one prompt at a time, got num_beams={search.num_beams}, "
-            f"temperature={search.temperature}, batch_size={batch_size}: use num_beams=5 and batch_size=1"
-        )
-
-
-def _limits(benchmarks: Sequence[str], given: int | Mapping[str, int] | None) -> dict[str, int]:
-    if isinstance(given, Mapping):
-        unknown = [name for name in given if name not in BENCHMARKS]
-        if unknown:
-            raise UnknownName("benchmark", unknown[0], BENCHMARKS)
-        limits = {**_MAX_NEW_TOKENS, **given}
-    else:
-        limits = {name: _MAX_NEW_TOKENS[name] if given is None else given for name in benchmarks}
-    for name in benchmarks:
-        if limits[name] < 1:
-            raise EvalError(f"max_new_tokens={limits[name]} for {name}: an answer needs at least one token")
-    return {name: limits[name] for name in benchmarks}
-
-
-def _keep_data(folder: RunFolder, dataset: Dataset) -> None:
-    """Put the questions and the truth beside the answers, so that a run can be scored from its folder alone."""
-    if dataset.questions:
-        folder.write_json(
-            "data/questions.json", {k: [asdict(q) for q in v] for k, v in dataset.questions.items()}
-        )
-    if dataset.truth:
-        folder.write_json("data/truth.json", dataset.truth)
+    Raises:
+        DataError: it cannot be read to its end.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow says SyntaxError for some broken PNG files
+        raise DataError(
+            f"{file} cannot be read ({error}): replace it and start the same command again, finished items are "
+            "kept; or leave it out with an images.txt and another --out"
+        ) from error
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Where a benchmark's files lie: images, COCO annotations, POPE questions. All are found by name in a folder."""
 
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from .pope_questions import SPLITS
 from .run_folder import EvalError
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_Value = TypeVar("_Value")
 _COCO_NUMBER = re.compile(r"(\d{12})\.\w+$")
 
 
@@ -26,6 +29,7 @@ class Sources:
         instances: COCO instances files; several are pooled (CHAIR pools train2014 and val2014).
         captions: COCO captions files.
         names: text file with one image name per line: only these images are used.
+        root: the data folder, where other benchmarks look for their own files.
     """
 
     images: Path
@@ -33,6 +37,7 @@ class Sources:
     instances: tuple[Path, ...] = ()
     captions: tuple[Path, ...] = ()
     names: Path | None = None
+    root: Path | None = None
 
 
 def find_sources(folder: str | Path, images: str | Path | None = None) -> Sources:
@@ -67,6 +72,7 @@ def find_sources(folder: str | Path, images: str | Path | None = None) -> Source
         instances=tuple(file for file in found if file.name.startswith("instances")),
         captions=tuple(file for file in found if file.name.startswith("captions")),
         names=root / "images.txt" if (root / "images.txt").is_file() else None,
+        root=root,
     )
 
 
@@ -82,7 +88,10 @@ def is_question_file(file: Path) -> bool:
 
 
 class ImageIndex:
-    """Finds image files by name; `COCO_val2014_000000000042.jpg` and `000000000042.jpg` are the same image."""
+    """Finds image files by name; `COCO_val2014_000000000042.jpg` and `000000000042.jpg` are the same image.
+
+    A name with folders in it is a path inside the folder of the images.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,6 +106,8 @@ class ImageIndex:
 
     def find(self, name: str) -> Path | None:
         """The file of an image, or None."""
+        if "/" in name and (self.folder / name).is_file():
+            return self.folder / name
         base = Path(name).name
         number = _COCO_NUMBER.search(base)
         return self._by_name.get(base) or (self._by_number.get(number[1]) if number else None)
@@ -167,3 +178,11 @@ def only(names: Iterable[str], wanted: Iterable[str] | None) -> list[str]:
         return list(names)
     keys = {same_image(name) for name in wanted}
     return [name for name in names if same_image(name) in keys]
+
+
+def sample(entries: Mapping[str, _Value], items: int, seed: str) -> dict[str, _Value]:
+    """At most so many entries, drawn with the seed, in their own order."""
+    if len(entries) <= items:
+        return dict(entries)
+    drawn = set(random.Random(seed).sample(sorted(entries), items))
+    return {name: value for name, value in entries.items() if name in drawn}

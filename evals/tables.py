@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from .benchmarks import BENCHMARKS
 from .cost import cost_cells
 from .scores import Score
 
@@ -57,14 +58,14 @@ def verdict(entry: Mapping[str, Any], score: Score) -> str:
 
 def facts(metrics: Mapping[str, Any], benchmark: str) -> str:
     """Counts beside the scores of one recipe."""
-    parts = []
-    if benchmark == "pope":
+    parts, kind = [], BENCHMARKS[benchmark]
+    if "unclear" in metrics:
         parts.append(f"{metrics['unclear']} of {metrics['items']} answers unclear")
     if "mcnemar" in metrics:
         test = metrics["mcnemar"]
-        what = ("answers", "right") if benchmark == "pope" else ("captions", "clean")
         parts.append(
-            f"{test['gained']} {what[0]} became {what[1]}, {test['lost']} ceased to be (McNemar p {p_value(test['p'])})"
+            f"{test['gained']} {kind.units} {kind.became[0]}, {test['lost']} {kind.became[1]} "
+            f"(McNemar p {p_value(test['p'])})"
         )
     parts.append(f"{metrics['cut']} cut by the token limit")
     parts.append(f"{metrics['median_seconds'] * 1000:.0f} ms each")
@@ -73,12 +74,13 @@ def facts(metrics: Mapping[str, Any], benchmark: str) -> str:
 
 def tables(results: "Results", full: bool = False) -> list[Any]:
     """One table per benchmark, with the facts of each recipe below it."""
-    from .results import ITEMS, MINIATURE_NOTE, TITLES
+    from .results import MINIATURE_NOTE
 
     parts: list[Any] = []
     for benchmark, recipes in results.metrics.items():
         first = next(iter(recipes.values()))
-        title = f"{TITLES[benchmark]}: {first['items']} {ITEMS[benchmark]}, {first['images']} images"
+        kind = BENCHMARKS[benchmark]
+        title = f"{kind.title}: {first['items']} {kind.units}, {first['images']} images"
         parts.append(_table(title, recipes, [s for s in results.scores(benchmark) if full or s.main]))
         parts.append(_costs(recipes))
         parts += [Text(f"  {recipe}: {facts(found, benchmark)}") for recipe, found in recipes.items()]

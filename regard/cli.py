@@ -117,7 +117,9 @@ def demo(
 @app.command()
 @_reported
 def bench(
-    benchmarks: Annotated[list[str], typer.Argument(help="pope, chair, or both; or subjects.")],
+    benchmarks: Annotated[
+        list[str], typer.Argument(help="pope, chair, or both; or subjects; or consistency.")
+    ],
     model: ModelOption,
     out: Annotated[str, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
     recipes: Annotated[
@@ -125,7 +127,7 @@ def bench(
         typer.Option(
             help='Comma-separated names. "none", the baseline, always runs. Settings: `var:transfer=0.3`. '
             "Several at once: `vhr+var`. Default: none,vhr,var; for subjects "
-            "none,attend_excite,astar,isolation."
+            "none,attend_excite,astar,isolation; for consistency ir_diffusion and its parts."
         ),
     ] = None,
     data: Annotated[
@@ -136,13 +138,13 @@ def bench(
         int | None,
         typer.Option(
             help="Most images (600); POPE asks up to 18 questions on each. For subjects: prompts for each number "
-            "of subjects (90).",
+            "of subjects (90). For consistency: scenes (40).",
             min=1,
         ),
     ] = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
-    steps: Annotated[int, typer.Option(help="Denoising steps of subjects.", min=1)] = 50,
+    steps: Annotated[int, typer.Option(help="Denoising steps of subjects and consistency.", min=1)] = 50,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Limit of one answer. Default: 16 for POPE, 512 for CHAIR.", min=1)
     ] = None,
@@ -173,15 +175,16 @@ def bench(
 
     subjects draws prompts of one to three subjects with the text-to-image miniature or a pipeline that knows them:
     `regard bench subjects --model miniature --out runs/subjects`
+
+    consistency draws two portraits and a scene in one batch, and compares the scene's subjects to the portraits:
+    `regard bench consistency --model miniature --out runs/consistency`
     """
-    if "subjects" in benchmarks:
+    if drawn := [name for name in benchmarks if name in ("subjects", "consistency")]:
         if len(benchmarks) > 1:
-            raise ValueError(
-                "subjects needs a diffusers pipeline, the others a language model: run it by itself"
-            )
-        _bench_subjects(model, recipes, out, items or 90, seed, batch_size, steps)
+            raise ValueError(f"{drawn[0]} needs a diffusers pipeline and a run of its own: run it by itself")
+        _bench_drawn(drawn[0], model, recipes, out, items, seed, batch_size, steps)
         return
-    from .evals.runner import check_names
+    from .evals.protocol import check_names
     from .evals.sources import find_sources
 
     check_names(benchmarks, parser, words)  # before a large model is loaded
@@ -204,10 +207,17 @@ def _bench(
     _show(results)
 
 
-def _bench_subjects(
-    model: str, recipes: str | None, out: str, items: int, seed: int, batch_size: int, steps: int
+def _bench_drawn(
+    benchmark: str,
+    model: str,
+    recipes: str | None,
+    out: str,
+    items: int | None,
+    seed: int,
+    batch_size: int,
+    steps: int,
 ) -> None:
-    from .evals.subjects import RECIPES, evaluate_subjects
+    from .evals import consistency, subjects
 
     if model == "miniature":
         from .evals.miniature import load_miniature
@@ -219,11 +229,20 @@ def _bench_subjects(
         pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     command = shlex.join(["regard", *sys.argv[1:]])
-    results = evaluate_subjects(
-        pipe, None, recipes or RECIPES, out=out, items=items, seed=seed, batch_size=batch_size, steps=steps,
-        command=command,
-    )  # fmt: skip
-    _show(results)
+    if benchmark == "subjects":
+        _show(
+            subjects.evaluate_subjects(
+                pipe, None, recipes or subjects.RECIPES, out=out, items=items or 90, seed=seed,
+                batch_size=batch_size, steps=steps, command=command,
+            )
+        )  # fmt: skip
+    else:
+        _show(
+            consistency.evaluate_consistency(
+                pipe, None, recipes or consistency.RECIPES, out=out, items=items or 40, seed=seed, steps=steps,
+                command=command,
+            )
+        )  # fmt: skip
 
 
 def _show(results: Any) -> None:
@@ -242,9 +261,10 @@ def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished or
 
     Example: `regard report runs/demo`
     """
+    from .evals.drawn import load_drawn
     from .evals.results import Results
 
-    results = Results.load(run)
+    results: Any = load_drawn(run) or Results.load(run)
     results.write()
     _show(results)
 

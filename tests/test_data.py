@@ -8,7 +8,10 @@ import regard
 from regard.evals import data as eval_data
 from regard.evals import runner
 from regard.evals.pope import load_pope
+from regard.evals.pope_benchmark import pope_questions
 from regard.evals.sources import DataError, find_sources
+
+WORDS = {"words": "regard"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_missing_images_are_one_error(coco, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
     left = sorted(file.name for file in (folder / "images").iterdir())
     (folder / "images.txt").write_text("\n".join(left))
-    found = eval_data.load_data(folder, ["pope", "chair"], 9, 0, tmp_path, "regard")
+    found = eval_data.load_data(folder, ["pope", "chair"], 9, 0, tmp_path, WORDS)
     assert sorted(found.files) == left
 
 
@@ -41,40 +44,42 @@ def test_a_spoilt_image_is_found_before_any_work(coco, tmp_path):
     first = sorted((folder / "images").iterdir())[0]
     first.write_bytes(first.read_bytes()[:5])
     with pytest.raises(DataError, match=rf"1 of 6 images cannot be read \(.*{first.name}\)"):
-        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, "regard")
+        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS)
 
 
 def test_a_folder_without_annotations(coco, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(coco / "images", folder / "images")
     with pytest.raises(DataError, match=r"no instances\*\.json"):
-        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, "regard")
+        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS)
     shutil.copy(coco / "instances.json", folder)
     with pytest.raises(DataError, match=r"no captions\*\.json"):
-        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, "regard")
+        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS)
     (folder / "captions.json").write_text("{}")
     with pytest.raises(DataError, match="no COCO annotation file"):
-        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, "regard")
+        eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS)
 
 
 def test_draws_follow_the_seed(coco, tmp_path):
     first, same, other = (
-        eval_data.load_data(coco, ["chair"], 3, seed, tmp_path, "regard") for seed in (0, 0, 1)
+        eval_data.load_data(coco, ["chair"], 3, seed, tmp_path, WORDS) for seed in (0, 0, 1)
     )
-    assert list(first.truth) == list(same.truth) != list(other.truth)
-    assert len(first.truth) == 3
+    assert list(first.parts["chair"]) == list(same.parts["chair"]) != list(other.parts["chair"])
+    assert len(first.items["chair"]) == 3
 
 
 def test_real_coco_and_official_questions(shared_data, tmp_path):
-    found = eval_data.load_data(shared_data / "coco", ["pope", "chair"], 600, 0, tmp_path, "regard")
-    assert len(found.truth) == 92
-    labels = [q.label for rows in found.questions.values() for q in rows]
-    assert labels.count("yes") == labels.count("no")
-    for q in (q for rows in found.questions.values() for q in rows):
-        assert (q.object in found.truth[q.image]) == (q.label == "yes")
+    found = eval_data.load_data(shared_data / "coco", ["pope", "chair"], 600, 0, tmp_path, WORDS)
+    truth = found.parts["chair"]
+    assert len(truth) == 92
+    questions = [q for rows in pope_questions(found.parts["pope"]).values() for q in rows]
+    labels = [q.label for q in questions]
+    assert labels.count("yes") == labels.count("no") > 0
+    for q in questions:
+        assert (q.object in truth[q.image]) == (q.label == "yes")
     with pytest.raises(DataError, match="POPE questions in 6 folders"):
         find_sources(shared_data / "pope")
     sources = find_sources(shared_data / "pope" / "e3e3926", shared_data / "coco" / "images")
     with pytest.raises(DataError, match=r"of 500 images are missing .*COCO_val2014_"):
-        eval_data.load_data(sources, ["pope"], 600, 0, tmp_path, "regard")
+        eval_data.load_data(sources, ["pope"], 600, 0, tmp_path, WORDS)
     assert set(load_pope(sources.questions)) == {"random", "popular", "adversarial"}

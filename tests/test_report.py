@@ -50,8 +50,8 @@ def record(run, source="somewhere", recipes=("none", "vhr"), done=8):
         Question(n, image, "Is there a dog in the image?", "yes" if n % 2 else "no", "random")
         for n, image in enumerate(IMAGES)
     ]
-    folder.write_json("data/questions.json", {"random": [asdict(q) for q in questions]})
-    folder.write_json("data/truth.json", {image: ["dog", "bench"] for image in IMAGES})
+    folder.write_json("data/pope.json", {"random": [asdict(q) for q in questions]})
+    folder.write_json("data/chair.json", {image: ["dog", "bench"] for image in IMAGES})
     for recipe in recipes:
         common = {"recipe": recipe, "prompt": "p", "tokens": 9, "cut": False, "seconds": 0.5}
         kept = IMAGES if recipe == "none" else IMAGES[:done]
@@ -145,7 +145,7 @@ def test_text_of_the_model_is_escaped(results):
 
 def test_headline_and_setup(results):
     text = " ".join(report.headline(results))
-    assert "8 POPE questions on 8 images and descriptions of 8 images, without and with vhr" in text
+    assert "8 POPE questions on 8 images and 8 CHAIR captions on 8 images, without and with vhr" in text
     assert "CHAIR_S is 100.0 without, where less is better; 0.0 with vhr (−100.0, better)" in text
     page = results.page.read_text()
     for part in ("regard bench", "USER: &lt;image&gt; describe", "VHR, alpha=2.0", "seed 0", "float16"):

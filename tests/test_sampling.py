@@ -10,6 +10,7 @@ from PIL import Image
 
 import regard
 from regard.evals import data as eval_data
+from regard.evals.benchmarks import BENCHMARKS
 from regard.evals.cost import PeakMemory, cost_cells
 from regard.evals.miniature import load_miniature
 from regard.evals.run_folder import EvalError
@@ -87,7 +88,7 @@ def test_beams_are_those_of_generate_with_and_without_opera(miniature, tmp_path)
     )
     model, processor = miniature
     row = next(iter(found.items("chair").values()))
-    scenes = eval_data.load_data("miniature", ["chair"], 1, 0, tmp_path / "scenes", "regard")
+    scenes = eval_data.load_data("miniature", ["chair"], 1, 0, tmp_path / "scenes", {"words": "regard"})
     image = Image.open(scenes.files[row["image"]]).convert("RGB")
     inputs = processor(images=[image], text=[row["prompt"]], return_tensors="pt")
 
@@ -129,13 +130,10 @@ def test_peak_memory_sees_what_was_held_for_a_moment():
 
 
 def test_repetition_is_seen(drawn):
-    from regard.evals.results import chair_rows
-
-    items = drawn.items("chair")
-    name = next(iter(items))
-    loop = {name: items[name] | {"answer": "a dog and a dog and a dog and a dog"}}
-    row = chair_rows(drawn.folder, loop)[0]
-    assert (row["runs"], row["repeated_runs"]) == (8, 5)
+    loop = next(iter(drawn.items("chair").values())) | {"answer": "a dog and a dog and a dog and a dog"}
+    counted = BENCHMARKS["chair"].count([loop], drawn.data("chair"), drawn.config["scoring"])
+    score = next(score for score in drawn.scores("chair") if score.key == "repetition")
+    assert score.metric(counted.counts.sum(0)) == 5 / 8
 
 
 def test_opera_without_beams_is_refused_before_anything_runs(miniature, tmp_path):

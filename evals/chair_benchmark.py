@@ -1,0 +1,84 @@
+"""CHAIR as a benchmark of a run; the published rules are in `chair.py` and `words.py`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .benchmark import Benchmark, Data, Item, Request, Tally, View
+from .chair import CaptionRecord, score_chair
+from .coco_data import objects_by_image
+from .run_folder import Record
+from .scores import Score, chair_counts, chair_scores
+from .sources import sample
+
+
+class Chair(Benchmark):
+    """Which objects does a description name that are not there?"""
+
+    name = "chair"
+    title = "CHAIR"
+    units = "captions"
+    prompt = "Please describe this image in detail."
+    max_new_tokens = 512  # the published setting for whole descriptions
+    became = ("became clean", "ceased to be clean")
+    headline = ("chair_s", "chair_i")
+    tradeoff = ("recall", "chair_i")
+
+    def load(self, request: Request) -> Data:
+        """Image -> its objects."""
+        return sample(objects_by_image(request), request.items, f"{request.seed}/chair")
+
+    def items(self, data: Data) -> list[Item]:
+        """One item an image."""
+        return [Item(image, image) for image in data]
+
+    def scores(self, data: Data) -> list[Score]:
+        """CHAIR_S and CHAIR_I, with recall and length beside them."""
+        return chair_scores()
+
+    def plotted(self, data: Data) -> list[str]:
+        """Hallucination, and what it may have cost."""
+        return ["chair_s", "chair_i", "recall", "f1"]
+
+    def tally(self, record: Record, data: Data, scoring: Mapping[str, Any]) -> Tally:
+        """The counts of one caption."""
+        counts = caption_counts(_scored(record, data, scoring))
+        return Tally(chair_counts([counts])[0], not counts["hallucinated_captions"])
+
+    def view(self, record: Record, data: Data, scoring: Mapping[str, Any]) -> View:
+        """Its objects, marked."""
+        scored = _scored(record, data, scoring)
+        truth = set(scored.truth)
+        marks = [(m.start, m.end, m.node in truth, m.node) for m in scored.mentions]
+        return View(not scored.hallucinated, ", ".join(scored.truth), marks)
+
+    def reading(self, scoring: Mapping[str, Any]) -> str:
+        """Which words."""
+        return (
+            "CHAIR_S is the share of captions that name an object that is not there, CHAIR_I the share of such "
+            f"mentions. Words: {scoring['words']}. A recipe that makes captions shorter lowers both, so recall and "
+            "length stand beside them."
+        )
+
+
+def _scored(record: Record, data: Data, scoring: Mapping[str, Any]) -> CaptionRecord:
+    image = record["image"]
+    captions, truth = {image: record["answer"]}, {image: data[image]}
+    return score_chair(captions, truth, scoring["words"], scoring["drop_unfinished"]).captions[0]
+
+
+def caption_counts(record: CaptionRecord) -> dict[str, int]:
+    """One caption's part of the sums, by column."""
+    words = record.caption.lower().split()
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    return {
+        "captions": 1,
+        "hallucinated_captions": int(bool(record.hallucinated)),
+        "mentions": len(record.mentions),
+        "hallucinated_mentions": len(record.hallucinated),
+        "right_objects": len(record.right),
+        "named_objects": len({m.node for m in record.mentions}),
+        "true_objects": len(record.truth),
+        "length": record.words,
+        "runs": len(runs),
+        "repeated_runs": len(runs) - len(set(runs)),
+    }
