@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -14,24 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from .drawn import (
+    DrawnResults,
+    draw_missing,
+    method_of,
+    noise,
+    open_run,
+    picture_file,
+    recipe_names,
+    save_picture,
+    seen_by,
+    share,
+)
 from .miniature.subjects import SUBJECTS, caption
-from .run_folder import EvalError, RunFolder
-from .settings import BASELINE, parse_options
+from .run_folder import EvalError, Record, RunFolder
+from .settings import BASELINE
 from .stats import difference, interval, mcnemar
 
 BENCHMARK = "subjects"
 RECIPES = "none,attend_excite,astar,isolation"
-HEADS = (
-    "subjects",
-    "recipe",
-    "all there %",
-    "95 %",
-    "each there %",
-    "change",
-    "gained/lost",
-    "p",
-    "s/picture",
-)
 Judge = Callable[[Sequence[Any]], torch.Tensor]
 """Pictures -> (B, subjects) probabilities that each of `SUBJECTS` is there."""
 
@@ -67,38 +66,29 @@ def evaluate_subjects(
         progress: show a bar.
 
     Raises:
-        UnknownName, TypeError: a recipe or setting that there is not; before anything is drawn.
-        EvalError: counts without prompts.
+        UnknownName: a recipe that there is not; before anything is drawn.
+        EvalError: counts without prompts; a setting that a recipe does not have.
         RunFolderError: the folder holds another run.
     """
-    names = _names(recipes, pipe)
+    names = recipe_names(recipes, pipe, {"concepts": ["any"]})
     if not counts or min(counts) < 1 or max(counts) > len(SUBJECTS):
         raise EvalError(f"counts is {counts!r}: give numbers of subjects from 1 to {len(SUBJECTS)}")
-    folder = RunFolder.create(out, _config(pipe, names, items, seed, steps, guidance_scale, counts, command))
+    generation = {"steps": steps, "guidance_scale": guidance_scale, "counts": list(counts)}
+    folder = open_run(
+        out, BENCHMARK, pipe, names, items=items, seed=seed, generation=generation, command=command
+    )
     try:
-        work = [item for count in counts for item in prompts(count, items, seed, pipe.tokenizer)]
+        batches = []
+        for count in counts:
+            same = prompts(count, items, seed, pipe.tokenizer)
+            batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
         drawer = _Drawer(pipe, judge or default_judge(), folder, steps, guidance_scale, seed)
-        for name in names:
-            folder.drop_torn_line(BENCHMARK, name)
-            done = folder.read_items(BENCHMARK, name)
-            drawer.run(name, [item for item in work if item["id"] not in done], batch_size, progress)
+        draw_missing(folder, BENCHMARK, names, batches, drawer.draw, progress)
         results = SubjectResults(folder)
         results.write()
         return results
     finally:
         folder.close()
-
-
-def _names(recipes: str | Sequence[str], pipe: Any) -> list[str]:
-    """The recipes, each once and the baseline first; made once each, so that a wrong one shows at once."""
-    from ..interventions import recipe
-
-    names = [name.strip() for name in recipes.split(",")] if isinstance(recipes, str) else list(recipes)
-    names = list(dict.fromkeys([BASELINE, *names]))
-    for name in names[1:]:
-        base, options = parse_options(name)
-        recipe(base, pipe, concepts=["any"], **options)
-    return names
 
 
 def default_judge() -> Judge:
@@ -123,37 +113,8 @@ def prompts(count: int, items: int, seed: int, tokenizer: Any = None) -> list[di
     return found
 
 
-def _config(
-    pipe: Any,
-    names: list[str],
-    items: int,
-    seed: int,
-    steps: int,
-    scale: float,
-    counts: Sequence[int],
-    command: Any,
-) -> dict[str, Any]:
-    import diffusers
-
-    from .provenance import describe_model, versions
-
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    return {
-        "benchmarks": [BENCHMARK],
-        "seed": seed,
-        "items": items,
-        "prompts": {BENCHMARK: caption(["X", "Y"])},
-        "generation": {BENCHMARK: {"steps": steps, "guidance_scale": scale, "counts": list(counts)}},
-        "recipes": {name: parse_options(name)[1] for name in names},
-        "model": {"pipeline": type(pipe).__name__, **describe_model(denoiser, pipe.scheduler)},
-        "versions": {**versions(), "diffusers": diffusers.__version__},
-        "data": {},
-        "sessions": [{"started": time.strftime("%Y-%m-%d %H:%M:%S"), "command": command}],
-    }
-
-
 class _Drawer:
-    """Draws and judges the missing items of one recipe after the other."""
+    """Draws and judges batches of prompts with the same number of subjects."""
 
     def __init__(
         self, pipe: Any, judge: Judge, folder: RunFolder, steps: int, scale: float, seed: int
@@ -161,63 +122,41 @@ class _Drawer:
         self.pipe, self.judge, self.folder, self.seed = pipe, judge, folder, seed
         self.options = {"num_inference_steps": steps, "guidance_scale": scale}
 
-    def run(self, name: str, work: list[dict[str, Any]], batch_size: int, progress: bool) -> None:
-        """Batches of prompts with the same number of subjects."""
-        from rich.progress import track
+    def draw(self, name: str, batch: Sequence[Record]) -> list[Record]:
+        from ..interventions import apply
 
-        batches = []
-        for count in sorted({len(item["subjects"]) for item in work}):
-            same = [item for item in work if len(item["subjects"]) == count]
-            batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
-        for batch in track(batches, f"{name:<16}", disable=not progress):
-            self._batch(name, batch)
-
-    def _batch(self, name: str, batch: list[dict[str, Any]]) -> None:
-        from ..interventions import apply, recipe
-
-        base, options = parse_options(name)
-        concepts = [item["subjects"] for item in batch]
-        method = [] if base == BASELINE else [recipe(base, self.pipe, concepts=concepts, **options)]
-        own = [torch.Generator().manual_seed(_noise_seed(self.seed, item["id"])) for item in batch]
+        method = method_of(name, self.pipe, {"concepts": [item["subjects"] for item in batch]})
+        own = [noise(self.seed, item["id"]) for item in batch]
         begun = time.perf_counter()
         with apply(self.pipe, *method):
             images = self.pipe([item["prompt"] for item in batch], generator=own, **self.options).images
         seconds = (time.perf_counter() - begun) / len(batch)
-        records = []
-        for item, image, scores in zip(batch, images, self.judge(images).tolist(), strict=True):
-            seen = [subject for subject, score in zip(SUBJECTS, scores, strict=True) if score > 0.5]
-            file = picture_file(self.folder, name, item["id"])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image.save(file)
-            records.append(
-                {**item, "seen": seen, "seconds": seconds, "scores": [round(s, 4) for s in scores]}
-            )
-        self.folder.append(BENCHMARK, name, records)
+        for item, image in zip(batch, images, strict=True):
+            save_picture(image, picture_file(self.folder, BENCHMARK, name, item["id"]))
+        found = seen_by(self.judge, images)
+        return [{**item, **own, "seconds": seconds} for item, own in zip(batch, found, strict=True)]
 
 
-def picture_file(folder: RunFolder, name: str, item: str) -> Path:
-    """Where a run keeps the picture of an item."""
-    return folder.items_file(BENCHMARK, name).with_suffix("") / f"{item}.png"
-
-
-def _noise_seed(seed: int, item: str) -> int:
-    return random.Random(f"noise/{seed}/{item}").getrandbits(31)
-
-
-class SubjectResults:
+class SubjectResults(DrawnResults):
     """Scores of a run: the share of pictures with all subjects, and of subjects that appear, with paired tests."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        names = list(folder.config["recipes"])
-        self.items = {name: folder.read_items(BENCHMARK, name) for name in names}
-        self.counts = folder.config["generation"][BENCHMARK]["counts"]
-        self.rows = [row for count in self.counts for row in self._rows(count)]
+    benchmark = BENCHMARK
+    title = "Do all subjects appear?"
+    heads = (
+        "subjects",
+        "recipe",
+        "all there %",
+        "95 %",
+        "each there %",
+        "change",
+        "gained/lost",
+        "p",
+        "s/picture",
+    )
 
-    @property
-    def page(self) -> Path:
-        """The run's page."""
-        return self.folder.path / "report.html"
+    def score(self) -> list[Record]:
+        """One row for each number of subjects and recipe."""
+        return [row for count in self.generation["counts"] for row in self._rows(count)]
 
     def _rows(self, count: int) -> list[dict[str, Any]]:
         """One row a recipe: pictures with all, subjects that appear, against the baseline."""
@@ -237,12 +176,12 @@ class SubjectResults:
                     "subjects": count,
                     "recipe": name,
                     "pictures": len(keys),
-                    "all": interval(_share, all_there, keys, proportion=True)._asdict(),
-                    "appear": interval(_share, some, keys, proportion=True)._asdict(),
+                    "all": interval(share, all_there, keys, proportion=True)._asdict(),
+                    "appear": interval(share, some, keys, proportion=True)._asdict(),
                     "seconds": float(np.median(seconds)),
                     "change": None
                     if name == BASELINE
-                    else difference(_share, before, all_there, keys)._asdict(),
+                    else difference(share, before, all_there, keys)._asdict(),
                     "mcnemar": None if name == BASELINE else mcnemar(before[:, 0], all_there[:, 0])._asdict(),
                 }
             )
@@ -256,77 +195,50 @@ class SubjectResults:
             if len(item["subjects"]) == count
         }
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"benchmark": BENCHMARK, "rows": self.rows, "model": self.folder.config["model"]}
-
-    def rich(self) -> list[Any]:
-        """Tables for the terminal."""
-        from rich.table import Table
-
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        for column in HEADS:
-            table.add_column(column, justify="left" if column == "recipe" else "right")
-        for row in self.rows:
-            table.add_row(*cells(row))
-        return [table]
-
-    def write(self) -> None:
-        """Write `metrics.json` and the page."""
-        self.folder.write_json("metrics.json", self.to_dict())
-        self.folder.write_text("report.html", self.html())
-
-    def html(self, pictures: int = 8) -> str:
-        """The page: the table, then the first pictures of every recipe at the same noise."""
-        from jinja2 import Environment, PackageLoader
-
-        grids = []
-        for count in self.counts:
-            shown = [key for key, item in self.items[BASELINE].items() if len(item["subjects"]) == count][
-                :pictures
-            ]
-            lines = [
-                {"recipe": name, "cells": [self._cell(name, key) for key in shown]} for name in self.items
-            ]
-            titles = [self.items[BASELINE][key]["prompt"] for key in shown]
-            grids.append({"count": count, "titles": titles, "lines": lines})
-        environment = Environment(loader=PackageLoader("regard.evals", "."), autoescape=True)
-        page = environment.get_template("subjects.html.j2")
+    def intro(self) -> str:
+        """What was drawn and how it is scored."""
         config = self.folder.config
-        return page.render(rows=[cells(row) for row in self.rows], heads=HEADS, grids=grids, config=config)
+        return (
+            f"{config['model']['pipeline']}, {config['items']} prompts for each number of subjects, "
+            f"{self.generation['steps']} steps, guidance {self.generation['guidance_scale']}, the same noise for every "
+            f"recipe (seed {config['seed']}). Changes are against none; gained and lost count pictures; p is the exact "
+            "McNemar test."
+        )
 
-    def _cell(self, name: str, key: str) -> dict[str, Any] | None:
-        item, file = self.items[name].get(key), picture_file(self.folder, name, key)
-        if item is None or not file.is_file():
+    def grids(self, pictures: int) -> list[Record]:
+        """For each number of subjects the first prompts with every recipe."""
+        grids = []
+        for count in self.generation["counts"]:
+            shown = [item for item in self.items[BASELINE].values() if len(item["subjects"]) == count]
+            shown = shown[:pictures]
+            lines = [
+                {"name": name, "cells": [self._cell(name, item["id"]) for item in shown]}
+                for name in self.items
+            ]
+            title = f"{count} subject{'s' if count > 1 else ''}"
+            grids.append({"title": title, "heads": [item["prompt"] for item in shown], "lines": lines})
+        return grids
+
+    def _cell(self, name: str, key: str) -> Record | None:
+        item = self.items[name].get(key)
+        if item is None:
             return None
-        data = base64.b64encode(_enlarged(file)).decode()
         missing = [subject for subject in item["subjects"] if subject not in item["seen"]]
-        return {"data": data, "missing": missing}
+        return self.picture(
+            name, key, note=f"not seen: {', '.join(missing)}" if missing else "", bad=bool(missing)
+        )
 
-
-def _enlarged(file: Path, side: int = 128) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.open(file).resize((side, side), Image.Resampling.LANCZOS).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _share(sums: Any) -> Any:
-    return sums[..., 0] / sums[..., 1]
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """One row as text."""
-    whole, change, test = row["all"], row["change"], row["mcnemar"]
-    return [
-        str(row["subjects"]),
-        row["recipe"],
-        f"{100 * whole['value']:.1f}",
-        f"{100 * whole['low']:.1f} to {100 * whole['high']:.1f}",
-        f"{100 * row['appear']['value']:.1f}",
-        "" if change is None else f"{100 * change['value']:+.1f}",
-        "" if test is None else f"{test['gained']}/{test['lost']}",
-        "" if test is None else f"{test['p']:.3f}",
-        f"{row['seconds']:.2f}",
-    ]
+    def cells(self, row: Record) -> list[str]:
+        """One row as text."""
+        whole, change, test = row["all"], row["change"], row["mcnemar"]
+        return [
+            str(row["subjects"]),
+            row["recipe"],
+            f"{100 * whole['value']:.1f}",
+            f"{100 * whole['low']:.1f} to {100 * whole['high']:.1f}",
+            f"{100 * row['appear']['value']:.1f}",
+            "" if change is None else f"{100 * change['value']:+.1f}",
+            "" if test is None else f"{test['gained']}/{test['lost']}",
+            "" if test is None else f"{test['p']:.3f}",
+            f"{row['seconds']:.2f}",
+        ]
