@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, ClassVar
 
 import torch
@@ -224,13 +225,14 @@ class DrawnResults(ABC):
         found = []
         for title, rows in self.tables():
             table = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
-            for column in self.heads:
-                text = column == "recipe"
-                table.add_column(
-                    column, justify="left" if text else "right", overflow="fold", no_wrap=not text
-                )
-            for row in rows:
-                table.add_row(*self.cells(row))
+            lines = [self.cells(row) for row in rows]
+            for place, head in enumerate(self.heads):
+                # in a narrow terminal names may break, numbers may not
+                text, widest = head == "recipe", max((len(line[place]) for line in lines), default=1)
+                head = "\n".join(wrap(head, max(widest, 1), break_long_words=False))
+                table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+            for line in lines:
+                table.add_row(*line)
             found.append(table)
         return found
 
