@@ -14,18 +14,13 @@ pattern.en, OPERA (61426efe) and most that came later lemmatize with WordNet. He
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Word(NamedTuple):
-    """A token in its reduced form, for the characters ``start`` to ``end`` of the caption."""
-
-    text: str
-    start: int
-    end: int
+from ..hooks.errors import UnknownName
+from .pieces import Chunk, Memo, Reduced, Word, chunk_of, lower, placed
 
 
 @functools.cache
@@ -66,25 +61,20 @@ def pairs() -> dict[tuple[str, str], str]:
     return result
 
 
-def merge_pairs(words: Sequence[Word]) -> list[Word]:
-    """Join double words, from left to right."""
-    merged: list[Word] = []
-    i = 0
-    while i < len(words):
-        pair = (words[i].text, words[i + 1].text) if i + 1 < len(words) else ("", "")
-        if pair in pairs():
-            merged.append(Word(pairs()[pair], words[i].start, words[i + 1].end))
-            i += 2
-        else:
-            merged.append(words[i])
-            i += 1
-    return merged
-
-
-def lower(text: str) -> str:
-    """Lower case of the same length, so that positions hold (a few letters, as the Turkish I, would grow)."""
-    low = text.lower()
-    return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+def merge_pairs(reduced: Reduced) -> Reduced:
+    """Join double words, from left to right; what they become is one token at the place of its first."""
+    words, merged = reduced.words, []
+    joined = -1
+    for i, word in enumerate(words):
+        if i == joined:
+            continue
+        after = words[i + 1] if i + 1 < len(words) else None
+        if after is not None and after.position == word.position + 1:
+            pair = pairs().get((word.text, after.text))
+            if pair is not None:
+                word, joined = word._replace(text=pair, end=after.end), i + 1
+        merged.append(word)
+    return Reduced(merged, reduced.tokens - (len(words) - len(merged)))
 
 
 # ----------------------------------------------------------------------------------------- "regard": no data
@@ -112,7 +102,25 @@ _ADJECTIVE = re.compile(r"\w+(?:al|ive|able|ar|ous|ful|ra)")
 
 def tokenize(caption: str) -> list[Word]:
     """Lower-case tokens of a caption and where they stand in it."""
-    return [Word(m.group(), m.start(), m.end()) for m in _TOKEN.finditer(lower(caption))]
+    return [Word(m.group(), m.start(), m.end(), i) for i, m in enumerate(_TOKEN.finditer(lower(caption)))]
+
+
+class _Tokenizer:
+    """``tokenize``, with the tokens of pieces that it has met before looked up.
+
+    No rule of the tokenizer looks past a blank, but for the dot of an abbreviation, which asks if anything follows.
+    """
+
+    def __init__(self, matters: Container[str]) -> None:
+        self._inner: Memo[str, Chunk] = Memo(lambda piece: chunk_of(tokenize(piece + " x")[:-1], matters))
+        self._last: Memo[str, Chunk] = Memo(lambda piece: chunk_of(tokenize(piece), matters))
+
+    def __call__(self, caption: str) -> tuple[Reduced, list[Chunk]]:
+        text = lower(caption)
+        pieces = text.split()
+        chunks = [self._inner[piece] for piece in pieces[:-1]]
+        chunks += [self._last[piece] for piece in pieces[-1:]]
+        return placed(text, pieces, chunks), chunks
 
 
 def _plural(word: str) -> str:
@@ -147,17 +155,24 @@ def _forms() -> tuple[dict[str, str], dict[str, str]]:
     return nouns, verbs
 
 
-def _reduce_by_table(caption: str) -> list[Word]:
+@functools.cache
+def _table_tokenizer() -> _Tokenizer:
     nouns, verbs = _forms()
-    words = tokenize(caption)
-    reduced = []
-    for i, word in enumerate(words):
+    return _Tokenizer(nouns.keys() | verbs.keys())
+
+
+def _reduce_by_table(caption: str) -> Reduced:
+    nouns, verbs = _forms()
+    reduced, chunks = _table_tokenizer()(caption)
+    texts: list[str] = []
+    for i, word in enumerate(reduced.words):
         text = nouns.get(word.text, word.text)
         if word.text in verbs:
-            before = words[i - 1].text if i else ""
+            texts = texts or [token for chunk in chunks for token in chunk.tokens]
+            before = texts[word.position - 1] if word.position else ""
             noun = word.text.endswith("ing") and (before in _BEFORE_NOUN or _ADJECTIVE.fullmatch(before))
             text = word.text if noun else verbs[word.text]
-        reduced.append(word._replace(text=text))
+        reduced.words[i] = word._replace(text=text)
     return reduced
 
 
@@ -175,9 +190,15 @@ def _singulars() -> dict[str, str]:
     return singulars | forms["irregular"] | forms["singularize"]
 
 
-def _reduce_by_pattern(caption: str) -> list[Word]:
-    singulars = _singulars()
-    return [word._replace(text=singulars.get(word.text, word.text)) for word in tokenize(caption)]
+@functools.cache
+def _pattern_tokenizer() -> _Tokenizer:
+    return _Tokenizer(_singulars().keys())
+
+
+def _reduce_by_pattern(caption: str) -> Reduced:
+    reduced, _ = _pattern_tokenizer()(caption)
+    words = [word._replace(text=_singulars()[word.text]) for word in reduced.words]
+    return Reduced(words, reduced.tokens)
 
 
 # -------------------------------------------------------------------------------------------- "wordnet": NLTK
@@ -229,44 +250,17 @@ def wordnet_available() -> bool:
     return True
 
 
-def _aligned(text: str, tokens: Iterable[str]) -> list[Word]:
-    """Where nltk's tokens stand in the text; it rewrites double quotes, and these count as what they were."""
-    words, at = [], 0
-    for token in tokens:
-        found, length = text.find(token, at), len(token)
-        if token in ("``", "''"):
-            quote = text.find('"', at)
-            if quote >= 0 and (found < 0 or quote < found):
-                found, length = quote, 1
-        start = found if found >= 0 else at
-        at = start + length if found >= 0 else at
-        words.append(Word(token, start, at))
-    return words
-
-
 @functools.cache
-def _lemma(word: str, part: str) -> str:
-    from nltk.stem import WordNetLemmatizer
+def _nltk_words() -> Any:
+    from .tagging import NltkWords
 
-    lemma: str = WordNetLemmatizer().lemmatize(word, part)
-    return lemma
-
-
-@functools.lru_cache(maxsize=4096)
-def _wordnet_cached(caption: str) -> tuple[Word, ...]:
-    nltk = _nltk_ready()
-    text = lower(caption)
-    words = _aligned(text, nltk.word_tokenize(text))
-    tags = nltk.pos_tag([word.text for word in words])
-    parts = {"J": "a", "V": "v", "R": "r"}
-    return tuple(
-        word._replace(text=_lemma(word.text, parts.get(tag[:1], "n")))
-        for word, (_, tag) in zip(words, tags, strict=True)
-    )
+    _nltk_ready()
+    return NltkWords()
 
 
-def _reduce_by_wordnet(caption: str) -> list[Word]:
-    return list(_wordnet_cached(caption))
+def _reduce_by_wordnet(caption: str) -> Reduced:
+    reduced: Reduced = _nltk_words().reduce(caption)
+    return reduced
 
 
 # --------------------------------------------------------------------------------------------------- choice
@@ -274,10 +268,10 @@ def _reduce_by_wordnet(caption: str) -> list[Word]:
 
 @dataclass(frozen=True)
 class ChairWords:
-    """A way to reduce a caption's tokens; ``reduce`` gives them in order, before pairs are joined."""
+    """A way to reduce a caption's tokens; ``reduce`` gives those that may matter, before pairs are joined."""
 
     name: str
-    reduce: Callable[[str], list[Word]]
+    reduce: Callable[[str], Reduced]
 
 
 _CHOICES = {"regard": _reduce_by_table, "wordnet": _reduce_by_wordnet, "pattern": _reduce_by_pattern}
@@ -299,3 +293,55 @@ def chair_words(name: str | ChairWords | None = None) -> ChairWords:
     if name == "wordnet":
         _nltk_ready()
     return ChairWords(name, _CHOICES[name])
+
+
+@dataclass(frozen=True)
+class ChairConfiguration:
+    """How CHAIR is taken somewhere: two choices of words, which papers seldom tell and which both change figures.
+
+    Attributes:
+        words: the words that read the captions, a name for ``chair_words``.
+        truth: the words that read the reference captions for the ground truth.
+        used_by: publications and code whose figures it gives.
+    """
+
+    name: str
+    words: str
+    truth: str
+    used_by: str
+
+
+CONFIGURATIONS = {
+    configuration.name: configuration
+    for configuration in (
+        ChairConfiguration("wordnet", "wordnet", "wordnet", "less-is-more, ANTRP, lmms-eval"),
+        ChairConfiguration("opera", "wordnet", "pattern", "OPERA and what is compared with its table"),
+        ChairConfiguration("pope", "pattern", "pattern", "the POPE paper, LisaAnne's and Maxlinn's code"),
+        ChairConfiguration(
+            "regard", "regard", "regard", "no publication: close to wordnet, without downloads"
+        ),
+    )
+}
+"""The published ways to take CHAIR, and one that needs no downloads.
+
+On one file of captions they differ by up to 3 points of CHAIR_S. "wordnet" gives the tables of Yue et al., "Less is
+More" (arXiv 2402.14545) and of lmms-eval's code; "opera" 23 of the 24 figures of Huang et al., "OPERA" (arXiv
+2311.17911; the other one is taken for a slip there); "pope" the table of Li et al., "POPE" (arXiv 2305.10355).
+"""
+
+
+def chair_configuration(name: str | None = None) -> ChairConfiguration:
+    """A configuration by name; None takes "wordnet" where nltk and its data are installed, else "regard".
+
+    Raises:
+        UnknownName: no configuration has this name.
+        ImportError, LookupError: the configuration needs nltk or its data, which are not here.
+    """
+    if name is None:
+        name = "wordnet" if wordnet_available() else "regard"
+    if name not in CONFIGURATIONS:
+        raise UnknownName("CHAIR configuration", name, CONFIGURATIONS)
+    configuration = CONFIGURATIONS[name]
+    chair_words(configuration.words)
+    chair_words(configuration.truth)
+    return configuration
