@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import stats
-from .stats import Array, Metric
+from .power import holm, needed
+from .stats import Array, Metric, Pair, Sample, mcnemar
 
 _POPE_COLUMNS = 5  # true positive, false positive, true negative, false negative, taken for neither
 _TP, _FP, _TN, _FN, _OTHER = range(_POPE_COLUMNS)
@@ -191,30 +191,78 @@ def chair_counts(rows: Sequence[Mapping[str, float]]) -> Array:
 
 
 def measure(counted: Counted, scores: Sequence[Score], baseline: Counted | None = None) -> dict[str, Any]:
-    """Every score with its 95 % interval and, with a baseline, the paired difference.
+    """Every score with its 95 % interval and, with a baseline, the paired difference and its power.
 
     Returns:
-        {"scores": {key: {"value", "low", "high", "difference": {"value", "low", "high", "p"}}},
-        "mcnemar": {"gained", "lost", "p"}, and the facts}. A score that is not defined has nulls.
+        {"scores": {key: {"value", "low", "high", "difference": {"value", "low", "high", "p", "power":
+        {"images", "items", "detectable"}}}}, "mcnemar": {"gained", "lost", "p"}, and the facts}. A score that
+        is not defined has nulls. `power` (see `power.needed`: for one point, with 80 % power at 5 %) is null
+        for a score that is no share and where the two never differ; its `detectable` is null where no
+        difference could be seen. McNemar's test is on items, all other figures keep an image together.
+
+    Raises:
+        ValueError: there are no items, or the baseline has not the same items in the same order.
     """
     found: dict[str, Any] = {"items": len(counted.ids), "images": len(set(counted.images)), **counted.facts}
-    if baseline is not None:
-        found["mcnemar"] = stats.mcnemar(baseline.right, counted.right)._asdict()
+    pair: Pair | None = None
+    if baseline is None:
+        sample = Sample.of(counted.counts, counted.images)
+    else:
+        _check_paired(baseline, counted)
+        found["mcnemar"] = mcnemar(baseline.right, counted.right)._asdict()
+        pair = Pair.of(baseline.counts, counted.counts, counted.images)
+        sample = pair.after
     found["scores"] = {}
     for score in scores:
-        entry: dict[str, Any] = stats.interval(
-            score.metric, counted.counts, counted.images, proportion=score.percent
-        )._asdict()
-        if baseline is not None:
-            entry["difference"] = stats.difference(
-                score.metric, baseline.counts, counted.counts, counted.images
-            )._asdict()
-        found["scores"][score.key] = {
-            name: _null(value) if not isinstance(value, dict) else {k: _null(v) for k, v in value.items()}
-            for name, value in entry.items()
-        }
+        entry: dict[str, Any] = _nulls(sample.interval(score.metric, proportion=score.percent)._asdict())
+        if pair is not None:
+            entry["difference"] = _nulls(pair.difference(score.metric)._asdict())
+            entry["difference"]["power"] = _power(pair, score, len(counted.ids))
+        found["scores"][score.key] = entry
     return found
 
 
-def _null(value: float) -> float | None:
-    return None if np.isnan(value) else value
+def correct(recipes: Mapping[str, dict[str, Any]]) -> None:
+    """Fill in Holm's corrected p-values: one family is one score (or McNemar's test) over all recipes.
+
+    Args:
+        recipes: {recipe: what `measure` returns} of one benchmark. Every "difference" and "mcnemar" gets
+            "p_holm", null where p is; the baseline, which has neither, is left alone.
+    """
+    keys = dict.fromkeys(key for found in recipes.values() for key in found["scores"])
+    families = [[found["mcnemar"] for found in recipes.values() if "mcnemar" in found]]
+    for key in keys:
+        entries = [found["scores"][key] for found in recipes.values() if key in found["scores"]]
+        families.append([entry["difference"] for entry in entries if "difference" in entry])
+    for family in families:
+        for test, p in zip(family, holm([test["p"] for test in family]), strict=True):
+            test["p_holm"] = p
+
+
+def _power(pair: Pair, score: Score, items: int) -> dict[str, Any] | None:
+    if not score.percent:
+        return None
+    size = len(pair.before.sums)
+    power = needed(pair.variance(score.metric), pair.changed(score.metric), size, items)
+    if power is None:
+        return None
+    seen = power.detectable if power.detectable is not None and power.detectable < 1 else None
+    return power._replace(detectable=seen)._asdict()  # no two shares are more than 1 apart
+
+
+def _check_paired(first: Counted, second: Counted) -> None:
+    if len(first.ids) != len(second.ids):
+        raise ValueError(f"paired systems need the same items: {len(first.ids)} against {len(second.ids)}")
+    pairs = zip(
+        zip(first.ids, first.images, strict=True), zip(second.ids, second.images, strict=True), strict=True
+    )
+    for place, (one, other) in enumerate(pairs):
+        if one != other:
+            raise ValueError(
+                f"paired systems need the same items in the same order: item {place} is {one} in the baseline "
+                f"and {other} here"
+            )
+
+
+def _nulls(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else value for name, value in values.items()}
