@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 from regard.evals import words
 from regard.evals.amber import (
-    AmberScore,
     amber_score,
     load_amber,
     load_amber_answers,
@@ -21,16 +19,12 @@ from regard.evals.amber import (
     read_caption,
     score_amber,
 )
-from regard.evals.amber_benchmark import AmberDiscriminative, AmberGenerative, amber_scoring
+from regard.evals.amber_benchmark import amber_scoring
 from regard.evals.amber_data import Amber
 from regard.evals.amber_words import noun_reader
-from regard.evals.benchmark import Benchmark, Request
 from regard.evals.run_folder import EvalError
-from regard.evals.scores import measure
-from regard.evals.sources import DataError, Sources
 
 Alike = Callable[[str, str], float]
-SCORING = {"amber_words": "regard", "similarity": "exact", "amber_parser": "first_word"}
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +41,6 @@ def nltk_here(shared_data: Path) -> Any:
 @pytest.fixture(scope="module")
 def amber(shared_data: Path) -> Amber:
     return load_amber(shared_data / "amber")
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty files in the place of AMBER's images: loading looks for their names only."""
-    folder = tmp_path_factory.mktemp("amber") / "image"
-    folder.mkdir()
-    for number in range(1, 1005):
-        (folder / f"AMBER_{number}.jpg").touch()
-    return folder
-
-
-def _request(root: Path, pictures: Path, **changes: Any) -> Request:
-    settings = {"wanted": None, "items": 2000, "seed": 0, "scoring": SCORING} | changes
-    return Request("AMBER", Sources(images=pictures, root=root), **settings)
 
 
 # ------------------------------------------------------------------------------------------------- the files
@@ -86,26 +65,6 @@ def test_the_published_files(amber: Amber, shared_data: Path) -> None:
     assert amber.safe_words == "orange snack line camera light shoe sign range individual".split()
     first = amber.questions[0]
     assert (first.text, first.image, first.label) == ("Is the sky sunny in this image?", "AMBER_1.jpg", "yes")
-
-
-def test_a_run_loads_all_or_some(shared_data: Path, pictures: Path) -> None:
-    root = shared_data / "amber"
-    for benchmark, count in ((AmberGenerative(), 1004), (AmberDiscriminative(), 14216)):
-        data = benchmark.load(_request(root, pictures))
-        assert json.loads(json.dumps(data)) == data
-        items = benchmark.items(data)
-        assert len({item.id for item in items}) == len(items) == count
-    few = [b.load(_request(root, pictures, items=7)) for b in (AmberGenerative(), AmberDiscriminative())]
-    images = list(few[0]["images"])
-    assert len(images) == 7
-    assert images == sorted(images, key=lambda name: int(name[6:-4]))
-    assert {row["image"] for row in few[1]["questions"]} == set(images)  # both tasks on the same images
-    other = AmberGenerative().load(_request(root, pictures, items=7, seed=1))
-    assert list(other["images"]) != images
-    named = AmberDiscriminative().load(_request(root, pictures, wanted=["AMBER_9.jpg", "AMBER_2.jpg"]))
-    assert list(dict.fromkeys(row["image"] for row in named["questions"])) == ["AMBER_2.jpg", "AMBER_9.jpg"]
-    with pytest.raises(DataError, match=r"one of AMBER's, such as AMBER_1\.jpg"):
-        AmberGenerative().load(_request(root, pictures, wanted=["dog.jpg"]))
 
 
 # ---------------------------------------------------------------------------------------- figures by hand
@@ -149,17 +108,6 @@ def test_a_word_names_the_first_object_that_it_stands_for(amber: Amber) -> None:
     assert covered("a tree in a forest", ["tree", "forest"]) == {0, 1}
     assert covered("an orange", ["orange"]) == set()  # a safe word covers nothing, true or not
     assert covered("a dog, Dogs, TV, tv", ["dog", "dog", "television"]) == {0, 2}
-
-
-def test_marks_point_into_the_caption(amber: Amber, shared_data: Path, pictures: Path) -> None:
-    benchmark = AmberGenerative()
-    data = benchmark.load(_request(shared_data / "amber", pictures, wanted=["AMBER_1.jpg"]))
-    view = benchmark.view({"id": "1", "image": "AMBER_1.jpg", "answer": FIRST}, data, SCORING)
-    marked = [(FIRST[start:end], right) for start, end, right, _ in view.marks]
-    assert [word for word, right in marked if not right] == ["dog", "clouds", "bird"]
-    assert [word for word, right in marked if right] == ["man", "path", "lake", "trees", "light", "sky"]
-    assert not view.right
-    assert view.truth.startswith("sky, forest, grass")
 
 
 # ------------------------------------------------------------------------------- a slow reading of the rules
@@ -331,54 +279,6 @@ def test_the_amber_score(amber: Amber) -> None:
     assert json.loads(json.dumps(score.to_dict()))["amber"] == pytest.approx(score.amber)
 
 
-# ---------------------------------------------------------------------------------- as benchmarks of a run
-
-
-def _records(benchmark: Benchmark, data: Any, answers: dict[int, str]) -> list[dict[str, Any]]:
-    return [
-        {"id": item.id, "image": item.image, "answer": answers[int(item.id)], **item.facts}
-        for item in benchmark.items(data)
-    ]
-
-
-def test_a_run_scores_as_the_plain_function(amber: Amber, shared_data: Path, pictures: Path) -> None:
-    draw = random.Random(2)
-    answers = {number: text for number, (text, _) in _random_answers(amber, 9, 1004).items()}
-    answers |= {q.number: draw.choice(["Yes.", "No, it is not", "Unsure"]) for q in amber.questions}
-    plain: AmberScore = score_amber(answers, amber, "regard", "exact")
-    found: dict[str, Any] = {}
-    for benchmark in (AmberGenerative(), AmberDiscriminative()):
-        data = benchmark.load(_request(shared_data / "amber", pictures))
-        counted = benchmark.count(_records(benchmark, data, answers), data, SCORING)
-        metrics = measure(counted, benchmark.scores(data), counted)
-        assert set(benchmark.plotted(data)) | set(benchmark.headline) <= set(metrics["scores"])
-        found |= {f"{benchmark.name}.{key}": entry["value"] for key, entry in metrics["scores"].items()}
-        low, high = (metrics["scores"][benchmark.headline[0]][end] for end in ("low", "high"))
-        assert low < metrics["scores"][benchmark.headline[0]]["value"] < high
-        if benchmark.name == "amber_d":
-            assert metrics["unclear"] == plain.discriminative["all"].unclear > 0
-            assert counted.right.mean() == pytest.approx(plain.discriminative["all"].accuracy)
-    assert plain.generative is not None
-    for key in ("chair", "cover", "hal", "cog"):
-        assert found[f"amber_g.{key}"] == pytest.approx(getattr(plain.generative, key))
-    for part, score in plain.discriminative.items():
-        for key in ("accuracy", "precision", "recall", "f1"):
-            name = f"amber_d.{key}" if part == "all" else f"amber_d.{part}.{key}"
-            assert found[name] == pytest.approx(getattr(score, key)), name
-    assert found["amber_d.yes_ratio"] == pytest.approx(plain.discriminative["all"].yes_ratio)
-
-
-def test_a_dimension_that_was_not_asked_has_no_score(shared_data: Path, pictures: Path) -> None:
-    benchmark = AmberDiscriminative()
-    data = benchmark.load(_request(shared_data / "amber", pictures, wanted=["AMBER_1.jpg"]))
-    data["questions"] = [row for row in data["questions"] if row["dimension"] == "existence"]
-    answers = {row["number"]: "Yes" for row in data["questions"]}
-    counted = benchmark.count(_records(benchmark, data, answers), data, SCORING)
-    scores = measure(counted, benchmark.scores(data))["scores"]
-    assert scores["relation.f1"]["value"] is None
-    assert scores["existence.f1"]["value"] == 0.0
-
-
 @pytest.mark.parametrize(
     ("answer", "first_word", "official"),
     [
@@ -397,33 +297,6 @@ def test_parsers(answer: str, first_word: str, official: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ bad input
-
-
-def test_missing_data_says_what_to_get(shared_data: Path, pictures: Path, tmp_path: Path) -> None:
-    benchmark = AmberGenerative()
-    with pytest.raises(
-        DataError, match=r"no annotations.json, relation.json, safe_words.txt, query_all.json .*GitHub"
-    ):
-        benchmark.load(_request(tmp_path, pictures))
-    root = tmp_path / "deep" / "data"
-    shutil.copytree(shared_data / "amber", root, copy_function=shutil.copyfile)
-    with pytest.raises(DataError, match=r"1004 of 1004 images are missing under .*README"):
-        benchmark.load(_request(tmp_path, tmp_path))
-    assert len(benchmark.load(_request(tmp_path, pictures))["images"]) == 1004
-    (tmp_path / "annotations.json").write_text("[]")  # another benchmark's: not beside relation.json
-    assert len(load_amber(tmp_path).images) == 1004
-    (tmp_path / "relation.json").write_text('{"dog": []}')
-    with pytest.raises(DataError, match=r"several different (annotations|relation)\.json"):
-        load_amber(tmp_path)
-    (tmp_path / "relation.json").unlink()
-    (root / "relation.json").write_text('{"sky": []}')
-    with pytest.raises(DataError, match=r"lacks \d+ annotated words"):
-        load_amber(tmp_path)
-    (root / "annotations.json").write_text('{"id": 1}')
-    with pytest.raises(DataError, match=r"annotations.json is not AMBER's file"):
-        load_amber(tmp_path)
-    with pytest.raises(DataError, match="there is no folder"):
-        load_amber(tmp_path / "nowhere")
 
 
 def test_bad_answers(amber: Amber, tmp_path: Path) -> None:
