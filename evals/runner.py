@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 
 from . import protocol as protocols
@@ -23,6 +22,7 @@ from .benchmark import Item
 from .cost import PeakMemory
 from .data import MINIATURE, Dataset, load_data
 from .generation import Search, generate, left_padding, make_inputs
+from .processes import processes
 from .protocol import Protocol
 from .provenance import describe_model, model_name, session, versions
 from .results import Results, build_results
@@ -121,7 +121,7 @@ def evaluate(
     protocols.check_search(settings, protocol.search, batch_size)
     if protocol.search.samples:
         settings = with_controls(settings)
-    state = PartialState()
+    state = processes()
     temporary = None
     if out is None:
         if state.num_processes > 1:
@@ -157,7 +157,7 @@ def evaluate(
     return results
 
 
-def _open(out: Path, config: Mapping[str, Any], dataset: Dataset, state: PartialState) -> RunFolder:
+def _open(out: Path, config: Mapping[str, Any], dataset: Dataset, state: Any) -> RunFolder:
     """The run's folder: the first process makes it, the others read it."""
     if state.is_main_process:
         folder = RunFolder.create(out, config)
@@ -178,7 +178,7 @@ class _Runner:
         dataset: Dataset,
         protocol: Protocol,
         batch_size: int,
-        state: PartialState,
+        state: Any,
     ) -> None:
         self.model, self.processor, self.folder = model, processor, folder
         self.dataset, self.protocol, self.batch_size = dataset, protocol, batch_size
@@ -299,8 +299,8 @@ def _read(file: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow says SyntaxError for some broken PNG files
         raise DataError(
-            f"{file} cannot be read ({error}): replace it and start the same command again, finished items are "
-            "kept; or leave it out with an images.txt and another --out"
+            f"{file} could be read before and cannot be now ({error}): when it is there again, start the same "
+            "command again; finished items are kept"
         ) from error
 
 

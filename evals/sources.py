@@ -1,8 +1,10 @@
 """Where a benchmark's files lie: images, COCO annotations, POPE questions. All are found by name in a folder."""
 
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -58,7 +60,7 @@ def find_sources(folder: str | Path, images: str | Path | None = None) -> Source
         )
     if images is not None and not Path(images).is_dir():
         raise DataError(f"there is no image folder {images}")
-    found = sorted(_json_files(root))
+    found = sorted(file for file in files_under(root) if file.suffix in (".json", ".jsonl"))
     questions = sorted({file.parent for file in found if is_question_file(file)})
     if len(questions) > 1:
         names = ", ".join(str(place.relative_to(root)) for place in questions[:5])
@@ -76,9 +78,16 @@ def find_sources(folder: str | Path, images: str | Path | None = None) -> Source
     )
 
 
-def _json_files(root: Path) -> Iterator[Path]:
-    for pattern in ("*.json", "*.jsonl"):
-        yield from root.rglob(pattern)
+def files_under(root: Path) -> Iterator[Path]:
+    """All files at any depth. Linked folders are followed: data sets are often links; a loop of links is not."""
+    seen: set[str] = set()
+    for folder, inner, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            inner.clear()
+            continue
+        seen.add(place)
+        yield from (Path(folder) / file for file in files)
 
 
 def is_question_file(file: Path) -> bool:
@@ -97,7 +106,7 @@ class ImageIndex:
         self.folder = folder
         self._by_name: dict[str, Path] = {}
         self._by_number: dict[str, Path] = {}
-        for file in sorted(folder.rglob("*")):
+        for file in sorted(files_under(folder)):
             if file.suffix.lower() in _IMAGES:
                 self._by_name.setdefault(file.name, file)
                 number = _COCO_NUMBER.search(file.name)
@@ -129,27 +138,32 @@ class ImageIndex:
 
 
 def image_sizes(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
-    """(width, height) of every image, from the files' headers.
+    """(width, height) of every image. Each is read to its end: better now than after hours of work.
 
     Raises:
         DataError: some cannot be read; one error for all of them.
     """
-    from PIL import Image
-
-    sizes: dict[str, tuple[int, int]] = {}
-    spoilt: list[str] = []
-    for name, file in files.items():
-        try:
-            with Image.open(file) as image:
-                sizes[name] = image.size
-        except OSError:
-            spoilt.append(str(file))
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(files, pool.map(_readable_size, files.values()), strict=True))
+    sizes = {name: size for name, size in found.items() if size}
+    spoilt = [str(file) for name, file in files.items() if name not in sizes]
     if spoilt:
         raise DataError(
             f"{len(spoilt)} of {len(files)} images cannot be read ({', '.join(spoilt[:3])}): replace them, or leave "
             "them out with an images.txt"
         )
     return sizes
+
+
+def _readable_size(file: Path) -> tuple[int, int] | None:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            return image.size
+    except (OSError, SyntaxError):  # Pillow says SyntaxError for some broken PNG files
+        return None
 
 
 def read_names(file: Path) -> list[str]:

@@ -170,6 +170,9 @@ def bench(
     Example: `regard bench pope chair --model llava-hf/llava-1.5-7b-hf --recipes none,vhr,var
     --data coco --items 500 --dtype float16 --out runs/llava`
 
+    Several GPUs or hosts share the items: `accelerate launch -m regard bench ...`, with --out in a folder that all
+    of them see. A model larger than one GPU: --device auto, in one process.
+
     The data folder holds images, and `instances*.json` with `captions*.json` (COCO) or `*pope*.json`
     (questions), at any depth. An `images.txt` with one name per line limits the images.
 
@@ -246,8 +249,13 @@ def _bench_drawn(
 
 
 def _show(results: Any) -> None:
+    """Print the tables; of several processes, the first does."""
     from rich.console import Console
 
+    from .evals.processes import processes
+
+    if not processes().is_main_process:
+        return
     console = Console()
     for part in results.rich():
         console.print(part)
@@ -315,6 +323,18 @@ def doctor(
         raise typer.Exit(1)
 
 
+def _own_device() -> str:
+    """The GPU of this process among those that `accelerate launch` started, where there are GPUs."""
+    import torch
+
+    from .evals.processes import processes
+
+    state = processes()
+    if state.num_processes > 1:
+        return str(state.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """The model (in eval mode) and processor of a name; safetensors only, and no code from the hub is run.
 
@@ -325,6 +345,8 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     import torch
     from transformers.utils import logging
 
+    from .evals.processes import processes
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     known = ("auto", "float32", "float16", "bfloat16")
@@ -333,7 +355,9 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
 
         raise UnknownName("dtype", dtype, known)
     kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = device or _own_device()
+    if place == "auto" and processes().num_processes > 1:
+        raise ValueError("--device auto spreads one model over all GPUs: start one process, not several")
     if name == "miniature":
         from .evals.miniature import load_miniature
 

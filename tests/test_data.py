@@ -39,10 +39,12 @@ def test_missing_images_are_one_error(coco, tmp_path, monkeypatch):
     assert sorted(found.files) == left
 
 
-def test_a_spoilt_image_is_found_before_any_work(coco, tmp_path):
+@pytest.mark.parametrize("share", [0, 0.6])
+def test_a_spoilt_image_is_found_before_any_work(coco, tmp_path, share):
     folder = shutil.copytree(coco, tmp_path / "data")
     first = sorted((folder / "images").iterdir())[0]
-    first.write_bytes(first.read_bytes()[:5])
+    content = first.read_bytes()
+    first.write_bytes(content[: max(5, int(share * len(content)))])
     with pytest.raises(DataError, match=rf"1 of 6 images cannot be read \(.*{first.name}\)"):
         eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS)
 
@@ -58,6 +60,17 @@ def test_a_folder_without_annotations(coco, tmp_path):
     (folder / "captions.json").write_text("{}")
     with pytest.raises(DataError, match="no COCO annotation file"):
         eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS)
+
+
+def test_links_are_followed_and_loops_of_links_are_not(coco, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "pictures").symlink_to(coco / "images")
+    (folder / "annotations").symlink_to(coco)
+    (folder / "loop").symlink_to(folder)
+    found = find_sources(folder)
+    assert [file.name for file in found.instances] == ["instances.json"]
+    assert len(eval_data.load_data(folder, ["chair"], 9, 0, tmp_path, WORDS).files) == 6
 
 
 def test_draws_follow_the_seed(coco, tmp_path):
