@@ -43,6 +43,7 @@ from .run_folder import Record, RunFolder
 from .settings import BASELINE
 from .stats import difference, interval
 from .subjects import prompts
+from .tables import p_value
 
 BENCHMARK = "consistency"
 RECIPES = (
@@ -122,9 +123,9 @@ def evaluate_consistency(
 
             judge = load_judge()
         work = prompts(2, items, seed, pipe.tokenizer)
+        folder.write_json("data/composed.json", [compose(judge, item, seed) for item in work])
         drawer = _Drawer(pipe, judge, folder, steps, guidance_scale, seed)
         draw_missing(folder, BENCHMARK, names, [[item] for item in work], drawer.draw, progress)
-        folder.write_json("data/composed.json", [compose(judge, item, seed) for item in work])
         results = ConsistencyResults(folder)
         results.write()
         return results
@@ -281,7 +282,7 @@ class ConsistencyResults(DrawnResults):
         return [
             row["recipe"],
             *_spanned(value, number, percent),
-            *(("", "", "") if change is None else (*_spanned(change, signed, percent), f"{change['p']:.3f}")),
+            *(("", "", "") if change is None else (*_spanned(change, signed, percent), p_value(change["p"]))),
             str(row["scenes"]),
         ]
 

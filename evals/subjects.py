@@ -28,6 +28,7 @@ from .miniature.subjects import SUBJECTS, caption
 from .run_folder import EvalError, Record, RunFolder
 from .settings import BASELINE
 from .stats import difference, interval, mcnemar
+from .tables import p_value
 
 BENCHMARK = "subjects"
 RECIPES = "none,attend_excite,astar,isolation"
@@ -239,6 +240,6 @@ class SubjectResults(DrawnResults):
             f"{100 * row['appear']['value']:.1f}",
             "" if change is None else f"{100 * change['value']:+.1f}",
             "" if test is None else f"{test['gained']}/{test['lost']}",
-            "" if test is None else f"{test['p']:.3f}",
+            "" if test is None else p_value(test["p"]),
             f"{row['seconds']:.2f}",
         ]
