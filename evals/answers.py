@@ -47,7 +47,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def load_answers(path: str | Path) -> list[Answer]:
-    """Read answers: LLaVA's JSON lines ({question_id, text}) or POPE's ({question, answer}).
+    """Read answers: LLaVA's JSON lines ({question_id, text}) or POPE's ({question, answer}), which have no ids.
 
     Raises:
         ValueError: a row has neither "text" nor "answer", or its answer is no string.

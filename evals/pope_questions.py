@@ -76,15 +76,35 @@ def as_splits(questions: Questions) -> dict[str, list[Question]]:
     return splits
 
 
+def question_key(text: str) -> str:
+    """A question up to its last question mark, without case, extra blanks, and the typo "imange"."""
+    words = " ".join(text.lower().replace("imange", "image").split())
+    return words[: words.rfind("?") + 1] or words
+
+
+def same_question(asked: str, prompt: str) -> bool:
+    """Whether a prompt puts this question: its words, or, for POPE's form, its object in other words around it."""
+    if question_key(asked) in question_key(prompt):
+        return True
+    wanted, given = _OBJECT.search(asked), _OBJECT.search(prompt)
+    if wanted is None:
+        return False
+    thing = wanted.group(1).lower()
+    if given is not None:
+        return given.group(1).lower() == thing
+    return re.search(rf"\b{re.escape(thing)}\b", prompt.lower()) is not None
+
+
 # ---------------------------------------------------------------------------------------------------- files
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: Path) -> str:
+    """The split that a file name tells, or else the whole name."""
     return next((split for split in SPLITS if split in path.stem.lower()), path.stem)
 
 
 def _load_split(path: Path) -> list[Question]:
-    split = _split_of(path)
+    split = split_of(path)
     questions = []
     for number, row in enumerate(read_rows(path), start=1):
         missing = [key for key in ("image", "text", "label") if key not in row]
@@ -112,10 +132,10 @@ def load_pope(path: str | Path) -> dict[str, list[Question]]:
     """
     path = Path(path)
     if path.is_file():
-        return {_split_of(path): _load_split(path)}
+        return {split_of(path): _load_split(path)}
     if not path.is_dir():
         raise FileNotFoundError(f"no POPE file or folder at {path}")
-    files = [f for f in sorted(path.glob("*pope*.json*")) if f.is_file() and _split_of(f) in SPLITS]
+    files = [f for f in sorted(path.glob("*pope*.json*")) if f.is_file() and split_of(f) in SPLITS]
     if not files:
         inside = ", ".join(sorted(f.name for f in path.iterdir())[:8])
         raise FileNotFoundError(
@@ -123,7 +143,7 @@ def load_pope(path: str | Path) -> dict[str, list[Question]]:
         )
     by_split: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        by_split[_split_of(file)].append(file)
+        by_split[split_of(file)].append(file)
     for split, same in by_split.items():
         if len(same) > 1:
             names = ", ".join(f.name for f in same)
@@ -131,6 +151,12 @@ def load_pope(path: str | Path) -> dict[str, list[Question]]:
                 f"{path} holds {len(same)} files for split {split}: {names}; give a folder with one each"
             )
     return {split: _load_split(by_split[split][0]) for split in SPLITS if split in by_split}
+
+
+def split_digest(rows: Sequence[Question]) -> str:
+    """16 hex digits that stand for the rows of one split, whatever the layout of their file."""
+    lines = "\n".join(f"{q.image}|{q.text}|{q.label}" for q in rows)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def pope_version(questions: Questions) -> str:
@@ -142,8 +168,7 @@ def pope_version(questions: Questions) -> str:
     """
     names: dict[str, tuple[str, ...]] = {}
     for split, rows in as_splits(questions).items():
-        lines = "\n".join(f"{q.image}|{q.text}|{q.label}" for q in rows)
-        names[split] = VERSIONS.get(hashlib.sha256(lines.encode()).hexdigest()[:16], ("own",))
+        names[split] = VERSIONS.get(split_digest(rows), ("own",))
     common = set.intersection(*(set(v) for v in names.values())) if names else {"own"}
     if common:
         return " or ".join(sorted(common))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from regard.evals.pope import (
     pope_version,
     score_pope,
 )
+from regard.evals.pope_questions import same_question
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +192,65 @@ def test_pairing() -> None:
             r"answers are for \['popular'\], questions for \['random'\]",
         ),
         ([Answer("yes", 1, "Is there a cat?"), Answer("no", 2)], ValueError, "was given to 'Is there a cat"),
+        ([Answer("yes"), Answer("no", 2)], ValueError, "answer 1 has no question_id"),
     ],
 )
 def test_bad_answers(answers: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         score_pope(_questions("yn"), answers)
+
+
+def test_answers_of_files_are_never_paired_by_order_unless_asked(tmp_path: Path) -> None:
+    """POPE's own form {question, answer}: shuffled lines would score, and wrongly."""
+    objects = {f"{i}.jpg": [["dog", "cat", "car"][i % 3], "bus"] for i in range(4)}
+    questions = build_pope(objects, per_image=1)["popular"]
+    file = tmp_path / "answers.json"
+    rows = [{"question": q.text, "answer": q.label} for q in questions]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"no question_id, and a question's text stands for many images"):
+        score_pope(questions, load_answers(file))
+    assert score_pope(questions, load_answers(file), by_order=True).mean_f1 == 1.0
+    file.write_text("\n".join(map(json.dumps, rows[::-1])))
+    with pytest.raises(ValueError, match="its answer was given to 'Is there a"):
+        score_pope(questions, load_answers(file), by_order=True)
+    file.write_text("\n".join(json.dumps({"answer": q.label}) for q in questions))
+    with pytest.raises(ValueError, match="neither question_id nor its question"):
+        score_pope(questions, load_answers(file), by_order=True)
+    mixed = [Answer("yes", 1), *(Answer("no", None, q.text) for q in questions[1:])]
+    with pytest.raises(ValueError, match=f"{len(questions) - 1} of {len(questions)} answers have no"):
+        score_pope(questions, mixed, by_order=True)
+
+
+def test_ids_that_stand_in_several_splits_need_their_names() -> None:
+    objects = {f"{i}.jpg": [["dog", "cat", "car"][i % 3], "bus"] for i in range(4)}
+    questions = build_pope(objects, per_image=1)
+    answers = {split: [Answer(q.label, q.question_id) for q in rows] for split, rows in questions.items()}
+    with pytest.raises(ValueError, match=r"question_id 1 stands in random, popular, adversarial: give"):
+        score_pope(questions, [a for rows in answers.values() for a in rows])
+    assert score_pope(questions, {k: rows[::-1] for k, rows in answers.items()}).mean_accuracy == 1.0
+    numbered = {
+        split: [replace(q, question_id=q.question_id + 100 * place) for q in rows]
+        for place, (split, rows) in enumerate(questions.items())
+    }
+    flat = [Answer(q.label, q.question_id) for rows in numbered.values() for q in rows]
+    assert score_pope(numbered, flat[::-1]).mean_accuracy == 1.0
+    with pytest.raises(ValueError, match="question_id 999 is no question's"):
+        score_pope(numbered, [replace(flat[0], question_id=999), *flat[1:]])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same"),
+    [
+        ("USER: <image>\nIs there a hot dog in the image? Please answer yes or no. ASSISTANT:", True),
+        ("Is there a hot dog in the imange?\nAnswer the question using a single word or phrase.", True),
+        ("Do you see a Hot dog here?", True),
+        ("Is there a dog in the image?", False),
+        ("Do you see hot dogs here?", False),
+        ("Is there a hot dog stand in the image?", False),
+    ],
+)
+def test_the_same_question_in_other_words(prompt: str, same: bool) -> None:
+    assert same_question("Is there a hot dog in the image?", prompt) is same
 
 
 def test_answers_of_splits_one_after_the_other() -> None:
