@@ -26,6 +26,8 @@ def _file_name(image: object) -> str:
 def image_key(image: str | int) -> str:
     """One name for an image: a COCO id is the same number padded or not, with prefix and ending or not."""
     name = _file_name(image)
+    if name.isascii() and name.isdigit():
+        return name.lstrip("0") or "0"
     match = _COCO_NAME.fullmatch(name)
     return match.group(1) if match else name
 

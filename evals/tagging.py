@@ -24,6 +24,7 @@ from .pieces import Chunk, Memo, Reduced, Word, chunk_of, lower, placed
 from .words import node_words, pairs
 
 _INSIDE = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)+,?")
+_LETTERS = re.compile(r"[a-z]+")
 _PLAIN_END = re.compile(r"([a-z]+(?:-[a-z]+)*)([.?!])")
 _CLOSERS = "\"')]}>\u2018\u2019\u201c\u201d\xab\xbb"
 _ONLY_CLOSERS = re.compile(rf"[{re.escape(_CLOSERS)}]+")
@@ -39,17 +40,14 @@ _TIE = 1e-6  # the tagger's weights have three decimals
 
 
 def aligned(text: str, tokens: Iterable[str]) -> list[Word]:
-    """Where nltk's tokens stand in the text; it rewrites double quotes, and these count as what they were."""
+    """Where nltk's tokens stand in the text; it rewrites double quotes, which count as what they were."""
     words: list[Word] = []
     at = 0
     for token in tokens:
-        found, length = text.find(token, at), len(token)
-        if token in ("``", "''"):
-            quote = text.find('"', at)
-            if quote >= 0 and (found < 0 or quote < found):
-                found, length = quote, 1
-        start = found if found >= 0 else at
-        at = start + length if found >= 0 else at
+        forms = ("``", "''", '"') if token in ("``", "''") else (token,)
+        found = [(text.find(form, at), len(form)) for form in forms]
+        start, length = min((place for place in found if place[0] >= 0), default=(at, 0))
+        at = start + length
         words.append(Word(token, start, at, len(words)))
     return words
 
@@ -84,6 +82,7 @@ class NltkWords:
         self._lemmatizer: Any = WordNetLemmatizer()
         self._tagger: Any = PerceptronTagger()
         self._treebank: Any = NLTKWordTokenizer()
+        self._contractions = self._treebank.CONTRACTIONS2  # "gonna", the one kind of rule that parts letters
         self._punkt: Any = PunktTokenizer("english")
         self._abbreviations = frozenset(self._punkt._params.abbrev_types)
         self._collocated = frozenset(first for first, _ in self._punkt._params.collocations)
@@ -132,6 +131,8 @@ class NltkWords:
     def _edge(self, key: tuple[str, bool, bool]) -> Chunk:
         """The tokens of a piece that is the first of its sentence, or the last, or both, or neither."""
         piece, first, last = key
+        if _LETTERS.fullmatch(piece) and not any(rule.search(f" {piece} ") for rule in self._contractions):
+            return self._chunk(piece, [piece])
         tokens = self._treebank.tokenize(("" if first else "x ") + piece + ("" if last else " x"))
         return self._chunk(piece, tokens[0 if first else 1 : len(tokens) - (0 if last else 1)])
 
