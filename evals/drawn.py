@@ -229,7 +229,7 @@ class DrawnResults(ABC):
             for place, head in enumerate(self.heads):
                 # in a narrow terminal names may break, numbers may not
                 text, widest = head == "recipe", max((len(line[place]) for line in lines), default=1)
-                head = "\n".join(wrap(head, max(widest, 1), break_long_words=False))
+                head = "\n".join(wrap(head, max(widest, 5), break_long_words=False))
                 table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=not text)
             for line in lines:
                 table.add_row(*line)
