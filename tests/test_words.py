@@ -1,6 +1,9 @@
 """The words of captions: the table, the tokenizer, the reductions, and how close the offline one comes."""
 
 import builtins
+import functools
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 
 from regard.evals import words as w
 from regard.evals.chair import chair_objects
+from regard.evals.pieces import Memo, lower
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,157 @@ def test_the_offline_nouns_are_those_of_wordnet(nltk_here: Any) -> None:
     differ = {form for form, word in nouns.items() if node(word) != node(lemma(form, "n"))}
     # Two that nobody writes, and verbs, which WordNet reduces as such.
     assert differ == {"childrens", "skises", "born", "sank", "sunk"}
+
+
+# What the shortcuts of tagging.py must leave to NLTK, or get right: quotes, closers, dots, contractions, odd blanks.
+ODD = [
+    *(
+        '"',
+        "''",
+        "``",
+        "...",
+        ".",
+        "?!",
+        ",,",
+        "--",
+        ")",
+        "]",
+        "(",
+        "\u2019",
+        "\u201c",
+        "\u2014",
+        "&",
+        "x.",
+        "\u200b",
+    ),
+    *(
+        "dr.",
+        "st.",
+        "u.s.",
+        "a.m.",
+        "etc.",
+        "no.",
+        "3.5",
+        "1,000",
+        "2013.",
+        "1980s.",
+        "gonna",
+        "wanna",
+        "cannot",
+    ),
+    *(
+        "'tis",
+        "can't",
+        "dogs'",
+        "'cats'",
+        '"cars"',
+        '"skis."',
+        "(cars).",
+        "chairs.)",
+        'buses?"',
+        "hot-dogs.",
+        "#1",
+    ),
+    *(
+        "wine glasses",
+        "motor bike",
+        "toilet",
+        "seats",
+        "ties",
+        "biking",
+        "seated",
+        "men",
+        "mice",
+        "left.",
+        "*trains*",
+    ),
+]
+BLANKS = [*[" "] * 12, "  ", "\n", "\n\n", "\t", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", ""]
+
+
+def _odd_captions(real: list[str], count: int) -> list[str]:
+    rng = random.Random(0)
+    plain = [piece for caption in real for piece in caption.split()]
+    captions = []
+    for _ in range(count):
+        odd = rng.random() / 2
+        pieces = [rng.choice(ODD if rng.random() < odd else plain) for _ in range(rng.randint(1, 14))]
+        start = rng.choice(["", "", " ", "\n", '"'])
+        captions.append(start + "".join(piece + rng.choice(BLANKS) for piece in pieces))
+    return captions
+
+
+class PlainPipeline:
+    """The published way: every token tagged and lemmatized, pairs joined, then looked up."""
+
+    def __init__(self) -> None:
+        from nltk import word_tokenize
+        from nltk.stem import WordNetLemmatizer
+        from nltk.tag import PerceptronTagger
+
+        self.tokenize, self.tag = word_tokenize, PerceptronTagger().tag
+        self.lemma = functools.cache(WordNetLemmatizer().lemmatize)
+
+    def __call__(self, caption: str) -> tuple[int, list[tuple[str, str, int]]]:
+        """Tokens after pairs are joined, and word, category and position of each mention."""
+        parts = {"J": "a", "V": "v", "R": "r"}
+        tagged = self.tag(self.tokenize(lower(caption)))
+        lemmas = [self.lemma(word, parts.get(tag[0], "n")) for word, tag in tagged]
+        merged, i = [], 0
+        while i < len(lemmas):
+            pair = w.pairs().get((lemmas[i], lemmas[i + 1])) if i + 1 < len(lemmas) else None
+            merged.append((pair or lemmas[i], i))
+            i += 2 if pair else 1
+        skipped = {"seat"} if {"toilet", "seat"} <= {word for word, _ in merged} else set()
+        nodes = w.node_words()
+        found = [(word, nodes[word], i) for word, i in merged if word in nodes and word not in skipped]
+        return len(merged), found
+
+
+@pytest.fixture(scope="module")
+def real_captions(shared_data: Path) -> list[str]:
+    captions = []
+    for folder in ("opera", "less_is_more", "pope_captions"):
+        for file in sorted((shared_data / "outputs" / folder).iterdir()):
+            rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+            captions += [row.get("caption") or row.get("text") for row in rows if "image_id" in row][::16]
+    return [caption for caption in captions if caption]
+
+
+def test_wordnet_words_are_those_of_the_plain_pipeline(nltk_here: Any, real_captions: list[str]) -> None:
+    plain = PlainPipeline()
+    assert len(real_captions) > 700
+    for caption in [*real_captions, *_odd_captions(real_captions, 1500)]:
+        found = [(m.word, m.node, m.position) for m in chair_objects(caption, "wordnet")]
+        length = w.merge_pairs(w.chair_words("wordnet").reduce(caption)).tokens
+        assert (length, found) == plain(caption), caption
+
+
+def test_a_tie_of_tags_is_nltks_to_break(nltk_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = w._nltk_words()
+    model = ours._tagger.model
+    labels = sorted(model.classes)
+    monkeypatch.setattr(model, "weights", {"bias": dict.fromkeys(labels, 1.0)})
+    monkeypatch.setattr(ours, "_weights", Memo(ours._feature_weights))
+    assert ours._predict(["two", "of", "zorbs", "near", "it"], "IN", "CD") == labels[-1]
+
+
+@pytest.mark.parametrize("name", ["regard", "pattern"])
+def test_pieces_are_tokenized_as_the_whole(name: str, real_captions: list[str]) -> None:
+    for caption in [*real_captions, *_odd_captions(real_captions, 1500)]:
+        tokens = w.tokenize(caption)
+        reduced = w.chair_words(name).reduce(caption)
+        assert reduced.tokens == len(tokens), caption
+        for word in reduced.words:
+            assert tokens[word.position][1:] == word[1:], caption
+
+
+def test_memory_of_pieces_is_bounded() -> None:
+    made = []
+    memo: Memo[str, int] = Memo(lambda text: made.append(text) or len(text), most=2)
+    assert [memo[text] for text in ("a", "bb", "a", "ccc", "bb")] == [1, 2, 1, 3, 2]
+    assert made == ["a", "bb", "ccc", "bb"]
+    assert len(memo) == 2
 
 
 def test_choice() -> None:
