@@ -40,8 +40,12 @@ LIMIT = 96
 def scenes(items: int, folder: Path) -> dict[str, Any]:
     """Prompt, pictures and truth."""
     _, processor = load_miniature("lvlm")
-    found = load_data("miniature", ["chair"], items, 1, folder, {"words": "regard"})
-    return {"prompt": make_prompt(processor, CAPTION_PROMPT), "files": found.files, "truth": found.parts["chair"]}
+    found = load_data("miniature", ["chair"], items, 1, folder, {"truth_words": "regard"})
+    return {
+        "prompt": make_prompt(processor, CAPTION_PROMPT),
+        "files": found.files,
+        "truth": found.parts["chair"],
+    }
 
 
 def ours(name: str, prompt: str) -> Describe:

@@ -67,6 +67,10 @@ class AmberGenerative(Benchmark):
     verdicts = ("clean", "not clean")
     tradeoff = (("cover", "chair"), ("length", "chair"))
 
+    def settle(self, scoring: Mapping[str, Any]) -> dict[str, Any]:
+        """Which nouns, similarity and parser."""
+        return amber_scoring(scoring)
+
     def load(self, request: Request) -> Data:
         """The annotations of the images, and the listed words."""
         amber = load_amber(data_folder(request))
@@ -179,6 +183,10 @@ class AmberDiscriminative(Benchmark):
     name = "amber_d"
     title = "AMBER, discriminative"
     headline = ("f1", "accuracy")
+
+    def settle(self, scoring: Mapping[str, Any]) -> dict[str, Any]:
+        """Which parser."""
+        return {"amber_parser": amber_scoring(scoring)["amber_parser"]}
 
     def load(self, request: Request) -> Data:
         """The questions on the images."""

@@ -133,6 +133,14 @@ class Benchmark(ABC):
     def view(self, record: Record, data: Data, scoring: Mapping[str, Any]) -> View:
         """One answered item as the page shows it."""
 
+    def settle(self, scoring: Mapping[str, Any]) -> dict[str, Any]:
+        """What of these choices reads its answers, with names in place of what was left open.
+
+        Raises:
+            UnknownName, EvalError: a name that nobody knows, or what it needs is not installed.
+        """
+        return {}
+
     def describe(self, data: Data) -> dict[str, Any]:
         """What identifies the items beside their number and images, for `config.json`."""
         return {}

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .benchmark import Benchmark, Data, Item, Request, Tally, View
-from .chair import CaptionRecord, score_chair
-from .coco_data import objects_by_image
+from .chair import CaptionRecord, caption_record
+from .coco_data import objects_by_image, settle_words
 from .run_folder import Record
 from .scores import Score, chair_counts, chair_scores
 from .sources import sample
@@ -26,6 +26,10 @@ class Chair(Benchmark):
     def load(self, request: Request) -> Data:
         """Image -> its objects."""
         return sample(objects_by_image(request), request.items, f"{request.seed}/chair")
+
+    def settle(self, scoring: Mapping[str, Any]) -> dict[str, Any]:
+        """Which words read captions and made the ground truth, and whether unfinished sentences count."""
+        return {**settle_words(scoring), "drop_unfinished": bool(scoring.get("drop_unfinished"))}
 
     def items(self, data: Data) -> list[Item]:
         """One item an image."""
@@ -55,15 +59,22 @@ class Chair(Benchmark):
         """Which words."""
         return (
             "CHAIR_S is the share of captions that name an object that is not there, CHAIR_I the share of such "
-            f"mentions. Words: {scoring['words']}. A recipe that makes captions shorter lowers both, so recall and "
-            "length stand beside them."
+            f"mentions. {_words(scoring)} A recipe that makes captions shorter lowers both, so recall and length stand "
+            "beside them."
         )
+
+
+def _words(scoring: Mapping[str, Any]) -> str:
+    """Which configuration, in words."""
+    truth = scoring.get("truth_words", scoring["words"])
+    named = f"Configuration: {scoring['chair']}. " if "chair" in scoring else ""
+    cut = " A last sentence that the token limit cut off is left out." if scoring["drop_unfinished"] else ""
+    return f"{named}Words: {scoring['words']}, those of the ground truth: {truth}.{cut}"
 
 
 def _scored(record: Record, data: Data, scoring: Mapping[str, Any]) -> CaptionRecord:
     image = record["image"]
-    captions, truth = {image: record["answer"]}, {image: data[image]}
-    return score_chair(captions, truth, scoring["words"], scoring["drop_unfinished"]).captions[0]
+    return caption_record(image, record["answer"], data[image], scoring["words"], scoring["drop_unfinished"])
 
 
 def caption_counts(record: CaptionRecord) -> dict[str, int]:

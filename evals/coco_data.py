@@ -6,8 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import Request
-from .chair import ground_truth
+from .chair import chair_configuration, ground_truth
+from .run_folder import EvalError
 from .sources import DataError, only
+
+
+def settle_words(scoring: Mapping[str, Any]) -> dict[str, str]:
+    """CHAIR's configuration and its words, by the name under "chair".
+
+    Raises:
+        UnknownName: no configuration has that name.
+        EvalError: it needs nltk or its data, which are not here.
+    """
+    try:
+        chosen = chair_configuration(scoring.get("chair"))
+    except (ImportError, LookupError) as error:
+        raise EvalError(f"CHAIR: {error}") from error
+    return {"chair": chosen.name, "words": chosen.words, "truth_words": chosen.truth}
 
 
 def objects_by_image(request: Request) -> dict[str, list[str]]:
@@ -36,7 +51,7 @@ def objects_by_image(request: Request) -> dict[str, list[str]]:
     for part in (instances, captions):
         part["annotations"] = [row for row in part["annotations"] if row["image_id"] in keep]
     names = {number: image for number, image in names.items() if number in keep}
-    return objects_of(instances, captions, names, request.scoring["words"])
+    return objects_of(instances, captions, names, request.scoring["truth_words"])
 
 
 def objects_of(

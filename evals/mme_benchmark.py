@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .answers import Reading, parse
+from ..hooks.errors import UnknownName
+from .answers import PARSERS, Reading, parse
 from .benchmark import Benchmark, Data, Item, Request, Tally, View
 from .mme import HALLUCINATION, SUBTASKS, TOTALS, load_mme
 from .run_folder import Record
@@ -49,6 +50,13 @@ class MME(Benchmark):
     title = "MME"
     headline: ClassVar[tuple[str, ...]] = ("perception", "cognition")
     subtasks: ClassVar[tuple[str, ...]] = SUBTASKS
+
+    def settle(self, scoring: Mapping[str, Any]) -> dict[str, Any]:
+        """Which parser."""
+        parser = scoring.get("mme_parser") or "mme"
+        if parser not in PARSERS:
+            raise UnknownName("answer parser", parser, PARSERS)
+        return {"mme_parser": parser}
 
     def load(self, request: Request) -> Data:
         """The questions on all images, or on some of them, drawn without regard to the subtask."""

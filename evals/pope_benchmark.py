@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .answers import parse
+from ..hooks.errors import UnknownName
+from .answers import PARSERS, parse
 from .benchmark import Benchmark, Data, Item, Request, Tally, View
-from .coco_data import objects_by_image
+from .coco_data import objects_by_image, settle_words
 from .pope import Question, build_pope, load_pope, pope_version
 from .run_folder import Record
 from .scores import Score, pope_counts, pope_scores
@@ -37,6 +38,13 @@ class Pope(Benchmark):
             kept = set(sample(dict.fromkeys(images), request.items, f"{request.seed}/pope"))
             splits = {split: [q for q in rows if q.image in kept] for split, rows in published.items()}
         return {split: [asdict(question) for question in rows] for split, rows in splits.items()}
+
+    def settle(self, scoring: Mapping[str, Any]) -> dict[str, Any]:
+        """Which parser, and the words of questions that are built."""
+        parser = scoring.get("parser") or PARSERS[0]
+        if parser not in PARSERS:
+            raise UnknownName("answer parser", parser, PARSERS)
+        return {"parser": parser, **settle_words(scoring)}
 
     def items(self, data: Data) -> list[Item]:
         """One item a question and split."""

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..hooks.errors import UnknownName
-from .answers import PARSERS
 from .benchmarks import BENCHMARKS
 from .generation import Search, make_prompt
 from .run_folder import EvalError
 from .settings import Setting
-from .words import chair_words
+
+CHOICES = ("parser", "chair", "drop_unfinished", "amber_words", "similarity", "amber_parser", "mme_parser")
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,25 @@ def limits(benchmarks: Sequence[str], given: int | Mapping[str, int] | None) -> 
     return found
 
 
-def check_names(benchmarks: Sequence[str], parser: str, words: str | None) -> str:
-    """Raise for a name that nobody knows; the name of the word configuration otherwise."""
+def settle(benchmarks: Sequence[str], scoring: Mapping[str, Any]) -> dict[str, Any]:
+    """How answers are read, with a name for every choice that was left open.
+
+    Raises:
+        UnknownName: no benchmark, parser or configuration has that name, or no benchmark has such a choice.
+        EvalError: no benchmark, or something that a choice needs is not installed.
+    """
     if not benchmarks:
         raise EvalError(f"no benchmark is named; known: {', '.join(BENCHMARKS)}")
     for name in benchmarks:
         if name not in BENCHMARKS:
             raise UnknownName("benchmark", name, list(BENCHMARKS))
-    if parser not in PARSERS:
-        raise UnknownName("answer parser", parser, PARSERS)
-    return chair_words(words).name
+    for choice in scoring:
+        if choice not in CHOICES:
+            raise UnknownName("choice of scoring", choice, CHOICES)
+    settled: dict[str, Any] = {}
+    for name in benchmarks:
+        settled |= BENCHMARKS[name].settle(scoring)
+    return settled
 
 
 def check_model(model: Any, batch_size: int) -> None:

@@ -14,7 +14,7 @@ from .benchmark import Data
 from .benchmarks import BENCHMARKS
 from .data import MINIATURE
 from .run_folder import Record, RunFolder, RunFolderError, slug
-from .scores import Counted, Score, measure
+from .scores import Counted, Score, correct, measure
 from .settings import BASELINE
 
 MINIATURE_NOTE = (
@@ -30,7 +30,8 @@ class Results:
     Attributes:
         folder: the run on disk.
         metrics: {benchmark: {recipe: {"items", "images", "scores": {key: {"value", "low", "high",
-            "difference": {"value", "low", "high", "p"}}}, "mcnemar", ...}}}. Shares are fractions of 1.
+            "difference": {"value", "low", "high", "p", "p_holm", "power"}}}, "mcnemar", ...}}}. Shares are
+            fractions of 1; "p_holm" is corrected over the recipes of the run.
         unfinished: {"benchmark recipe": (done, all)} of what a stopped run has not done; it is not scored.
     """
 
@@ -165,6 +166,7 @@ def build_results(folder: RunFolder, temporary: Any = None) -> Results:
             found[recipe] = measure(counted, results.scores(benchmark), baseline)
             baseline = baseline or counted
         if found:
+            correct(found)
             results.metrics[benchmark] = found
     if not results.metrics:
         state = "; ".join(f"{part}: {done} of {total}" for part, (done, total) in results.unfinished.items())

@@ -252,6 +252,7 @@ def _merged(path: Path, old: Record, new: Record) -> Record:
     joined = {**old, **new}
     for key in GROWING:
         joined[key] = {**old[key], **new[key]}
+    joined["scoring"] = {**old.get("scoring", {}), **new.get("scoring", {})}
     joined["benchmarks"] = list(dict.fromkeys([*old.get("benchmarks", []), *new["benchmarks"]]))
     joined["sessions"] = [*old.get("sessions", []), *new.get("sessions", [])]
     return joined

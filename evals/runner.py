@@ -66,8 +66,9 @@ def evaluate(
     caption_prompt: str = CAPTION_PROMPT,
     template: str | None = None,
     parser: str = "official",
-    words: str | None = None,
+    chair: str | None = None,
     drop_unfinished: bool = False,
+    scoring: Mapping[str, Any] | None = None,
     progress: bool = True,
     command: str | None = None,
 ) -> Results:
@@ -94,10 +95,11 @@ def evaluate(
             "\\nAnswer the question using a single word or phrase." as LLaVA does.
         caption_prompt: what CHAIR asks for.
         template: the prompt with `{question}` in it; None uses the processor's chat template.
-        parser: how an answer is read as yes or no: one of `pope.PARSERS`.
-        words: how CHAIR reduces words, see `words.chair_words`; None takes "regard" for the miniature, and
+        parser: how POPE's answers are read as yes or no: one of `pope.PARSERS`.
+        chair: how CHAIR reads words, a name of `words.CONFIGURATIONS`; None takes "regard" for the miniature, and
             else the published "wordnet" where nltk and its data are installed.
         drop_unfinished: for CHAIR, leave out a last sentence that the token limit cut off.
+        scoring: further choices by name: "amber_words", "similarity", "amber_parser", "mme_parser".
         progress: show progress bars.
         command: noted in the run, for instance the command line.
 
@@ -108,14 +110,17 @@ def evaluate(
         EvalError: the model is in training mode, or another argument makes no sense.
     """
     benchmarks = [benchmark] if isinstance(benchmark, str) else list(dict.fromkeys(benchmark))
-    words = protocols.check_names(benchmarks, parser, words or ("regard" if str(data) == MINIATURE else None))
+    asked = {"parser": parser, "chair": chair, "drop_unfinished": drop_unfinished, **(scoring or {})}
+    if str(data) == MINIATURE and chair is None:
+        asked["chair"] = "regard"
+    asked = protocols.settle(benchmarks, asked)
     protocols.check_model(model, batch_size)
     protocol = Protocol(
         prompts=protocols.prompts(benchmarks, question_suffix, caption_prompt),
         template=template,
         limits=protocols.limits(benchmarks, max_new_tokens),
         search=Search(temperature, num_beams, seed),
-        scoring={"parser": parser, "words": words, "drop_unfinished": drop_unfinished},
+        scoring=asked,
     )
     settings = fill_matchers(make_settings(recipes, model, processor), model, processor)
     protocols.check_search(settings, protocol.search, batch_size)

@@ -118,7 +118,10 @@ def demo(
 @_reported
 def bench(
     benchmarks: Annotated[
-        list[str], typer.Argument(help="pope, chair, or both; or subjects; or consistency.")
+        list[str],
+        typer.Argument(
+            help="Any of pope, chair, amber_g, amber_d, mme, mme_hallucination; or subjects; or consistency."
+        ),
     ],
     model: ModelOption,
     out: Annotated[str, typer.Option(help="Folder of the run; an unfinished run there goes on.")],
@@ -146,7 +149,8 @@ def bench(
     batch_size: BatchOption = 16,
     steps: Annotated[int, typer.Option(help="Denoising steps of subjects and consistency.", min=1)] = 50,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Limit of one answer. Default: 16 for POPE, 512 for CHAIR.", min=1)
+        int | None,
+        typer.Option(help="Limit of one answer. Default: 16 for questions, 512 for captions.", min=1),
     ] = None,
     temperature: Annotated[
         float,
@@ -155,12 +159,28 @@ def bench(
     num_beams: Annotated[
         int, typer.Option(help="Beam search, which opera needs (with --batch-size 1).", min=1)
     ] = 1,
-    question_suffix: Annotated[
-        str, typer.Option(help="Added to POPE's questions; \\n is a line break.")
-    ] = "",
+    question_suffix: Annotated[str, typer.Option(help="Added to each question; \\n is a line break.")] = "",
     parser: Annotated[str, typer.Option(help="How POPE's answers are read.")] = "official",
-    words: Annotated[
-        str | None, typer.Option(help="How CHAIR reduces words: wordnet (published; needs nltk) or regard.")
+    chair: Annotated[
+        str | None,
+        typer.Option(
+            help="How CHAIR reads words: wordnet (as most papers since 2024; needs nltk), opera (as OPERA's table; "
+            "needs nltk), pope (as the POPE paper), or regard (close to wordnet, nothing to install). Default: wordnet "
+            "where nltk and its data are installed."
+        ),
+    ] = None,
+    drop_unfinished: Annotated[
+        bool,
+        typer.Option(
+            "--drop-unfinished", help="CHAIR leaves out a last sentence that the token limit cut off."
+        ),
+    ] = False,
+    similarity: Annotated[
+        str | None,
+        typer.Option(
+            help="What saves a near-synonym in AMBER's descriptions: spacy (published; needs en_core_web_lg) or "
+            "exact. Default: spacy where it is installed."
+        ),
     ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -174,7 +194,7 @@ def bench(
     of them see. A model larger than one GPU: --device auto, in one process.
 
     The data folder holds images, and `instances*.json` with `captions*.json` (COCO) or `*pope*.json`
-    (questions), at any depth. An `images.txt` with one name per line limits the images.
+    (questions), at any depth; or your copy of AMBER or MME. An `images.txt` with one name per line limits the images.
 
     subjects draws prompts of one to three subjects with the text-to-image miniature or a pipeline that knows them:
     `regard bench subjects --model miniature --out runs/subjects`
@@ -187,16 +207,18 @@ def bench(
             raise ValueError(f"{drawn[0]} needs a diffusers pipeline and a run of its own: run it by itself")
         _bench_drawn(drawn[0], model, recipes, out, items, seed, batch_size, steps)
         return
-    from .evals.protocol import check_names
+    from .evals.protocol import settle
     from .evals.sources import find_sources
 
-    check_names(benchmarks, parser, words)  # before a large model is loaded
+    choices = {"parser": parser, "chair": chair, "similarity": similarity}
+    settle(benchmarks, choices)  # before a large model is loaded
     sources = data if data == "miniature" else find_sources(data, images)
     loaded, processor = load_model(model, dtype, device)
     _bench(
         loaded, processor, benchmarks, recipes or "none,vhr,var", sources, out, items=items or 600,
         seed=seed, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature, num_beams=num_beams,
-        question_suffix=question_suffix.replace("\\n", "\n"), parser=parser, words=words,
+        question_suffix=question_suffix.replace("\\n", "\n"), parser=parser, chair=chair,
+        drop_unfinished=drop_unfinished, scoring={"similarity": similarity},
     )  # fmt: skip
 
 

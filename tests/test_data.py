@@ -11,7 +11,7 @@ from regard.evals.pope import load_pope
 from regard.evals.pope_benchmark import pope_questions
 from regard.evals.sources import DataError, find_sources
 
-WORDS = {"words": "regard"}
+WORDS = {"truth_words": "regard"}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from PIL import Image
 import regard
 from regard.evals.chair import load_ground_truth, score_chair
 
-OPTIONS = {"max_new_tokens": {"pope": 3, "chair": 16}, "progress": False, "words": "regard"}
+OPTIONS = {"max_new_tokens": {"pope": 3, "chair": 16}, "progress": False, "chair": "regard"}
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def test_answers_are_the_models_own(finished, miniature):
     model, processor = miniature
     rows = list(finished.items("pope").values())[:3] + list(finished.items("chair").values())[:1]
     scenes = eval_data.load_data(
-        "miniature", ["pope"], 3, 0, finished.path.parent / "scenes", {"words": "regard"}
+        "miniature", ["pope"], 3, 0, finished.path.parent / "scenes", {"truth_words": "regard"}
     )
     for row in rows:
         image = Image.open(scenes.files[row["image"]]).convert("RGB")
@@ -322,7 +322,7 @@ def test_a_full_disk_keeps_what_was_done(finished, miniature, tmp_path):
     """The system lets no file grow beyond 14,000 bytes: the write that would stops half-way."""
     from regard.evals.miniature.coco import coco_files
 
-    out, data, options = tmp_path / "run", coco_files(tmp_path / "data", 3), {**OPTIONS, "words": "regard"}
+    out, data, options = tmp_path / "run", coco_files(tmp_path / "data", 3), {**OPTIONS, "chair": "regard"}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (14000, hard))
     try:
@@ -390,7 +390,8 @@ def no_work(monkeypatch):
         ({"recipes": [3]}, EvalError, "is no recipe"),
         ({"recipes": [regard.VHR(layers=(99,))]}, regard.RegardError, "99"),
         ({"parser": "officail"}, UnknownName, "did you mean 'official'"),
-        ({"words": "wordnt"}, ValueError, "wordnt"),
+        ({"chair": "wordnt"}, UnknownName, "unknown CHAIR configuration 'wordnt': did you mean .*'wordnet'"),
+        ({"scoring": {"similarty": "exact"}}, UnknownName, "did you mean 'similarity'"),
         ({"data": "no/such/folder"}, DataError, "no data folder no/such/folder"),
         ({"items": 0}, DataError, "at least one image"),
         ({"batch_size": 0}, EvalError, "batch_size=0"),

@@ -88,7 +88,7 @@ def test_beams_are_those_of_generate_with_and_without_opera(miniature, tmp_path)
     )
     model, processor = miniature
     row = next(iter(found.items("chair").values()))
-    scenes = eval_data.load_data("miniature", ["chair"], 1, 0, tmp_path / "scenes", {"words": "regard"})
+    scenes = eval_data.load_data("miniature", ["chair"], 1, 0, tmp_path / "scenes", {"truth_words": "regard"})
     image = Image.open(scenes.files[row["image"]]).convert("RGB")
     inputs = processor(images=[image], text=[row["prompt"]], return_tensors="pt")
 
