@@ -97,7 +97,8 @@ class Benchmark(ABC):
         max_new_tokens: its usual limit of an answer.
         became: what an item does that only the recipe got right, and one that only the baseline did.
         headline: keys of the scores that the page's first sentences tell.
-        tradeoff: keys of two scores that are drawn against each other, or None.
+        verdicts: what a right item is called, and a wrong one.
+        tradeoff: pairs of keys of scores that are drawn against each other: (across, up).
     """
 
     name: ClassVar[str]
@@ -107,7 +108,8 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int] = 16
     became: ClassVar[tuple[str, str]] = ("became right", "became wrong")
     headline: ClassVar[tuple[str, ...]] = ()
-    tradeoff: ClassVar[tuple[str, str] | None] = None
+    verdicts: ClassVar[tuple[str, str]] = ("right", "wrong")
+    tradeoff: ClassVar[tuple[tuple[str, str], ...]] = ()
 
     @abstractmethod
     def load(self, request: Request) -> Data:

@@ -21,7 +21,8 @@ class Chair(Benchmark):
     max_new_tokens = 512  # the published setting for whole descriptions
     became = ("became clean", "ceased to be clean")
     headline = ("chair_s", "chair_i")
-    tradeoff = ("recall", "chair_i")
+    verdicts = ("clean", "not clean")
+    tradeoff = (("recall", "chair_i"), ("length", "chair_i"))
 
     def load(self, request: Request) -> Data:
         """Image -> its objects."""

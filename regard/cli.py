@@ -286,17 +286,36 @@ def _show(results: Any) -> None:
 
 @app.command()
 @_reported
-def report(run: Annotated[str, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
-    """Score a run afresh and write its page again.
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs, finished or not.")],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="File of the page. Default: report.html in the folder of a single run; comparison.html in the "
+            "current folder for several. With it, no run's folder is touched."
+        ),
+    ] = None,
+) -> None:
+    """Score runs afresh and write their page: of one run, or of several beside each other.
 
-    Example: `regard report runs/demo`
+    Example: `regard report runs/demo`, or `regard report runs/llava runs/qwen --out both.html`
     """
     from .evals.drawn import load_drawn
+    from .evals.report import write_report
     from .evals.results import Results
 
-    results: Any = load_drawn(run) or Results.load(run)
-    results.write()
-    _show(results)
+    if len(runs) == 1 and out is None:
+        results: Any = load_drawn(runs[0]) or Results.load(runs[0])
+        results.write()
+        _show(results)
+        return
+    for run in runs:
+        if load_drawn(run):
+            raise ValueError(
+                f"{run} holds drawn pictures, whose page stands alone: give it by itself, without --out"
+            )
+    page = write_report([Results.load(run) for run in runs], out=out or "comparison.html")
+    typer.echo(f"Page: {page}")
 
 
 @app.command()
