@@ -171,9 +171,8 @@ class NltkWords:
         chunks = [self._pieces[piece].chunk for piece in pieces]
         first = 0
         for last in lasts:
-            if last > first and _ONLY_CLOSERS.fullmatch(
-                pieces[last]
-            ):  # the rule for full stops looks past blanks
+            # The rule for a sentence's full stop looks past blanks.
+            if last > first and _ONLY_CLOSERS.fullmatch(pieces[last]):
                 return self._whole(text)
             chunks[last] = self._edges[pieces[last], False, True]
             chunks[first] = self._edges[pieces[first], bool(first) or not text[0].isspace(), first == last]
