@@ -67,7 +67,7 @@ def ours(tmp_path_factory: Any, nltk_here: str, miniature: Any) -> Ours:
     coco = coco_files(root / "coco", IMAGES)
     regard.evaluate(
         *miniature, ["pope", "chair"], ["none", RECIPE], coco, items=IMAGES, out=root / "run", progress=False,
-        question_suffix=SUFFIX, parser="lmms", words="wordnet",
+        question_suffix=SUFFIX, parser="lmms", chair="wordnet",
     )  # fmt: skip
     run = RunFolder.load(root / "run")
     pope, truth = run.read_json("data/pope.json"), run.read_json("data/chair.json")
