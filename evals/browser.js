@@ -94,21 +94,17 @@
     const wanted = Object.entries(head.facets)
       .map(([name, values], place) => [place, values.indexOf(state.facets[name])])
       .filter(([, value]) => value >= 0);
-    const counts = Object.fromEntries(SHOWS.map((show) => [show, 0]));
     const found = Object.fromEntries(SHOWS.map((show) => [show, []]));
     rows.forEach((item, place) => {
       if (!wanted.every(([facet, value]) => item[4][facet] === value)) return;
       if (words.length && !words.every((word) => searched(place).includes(word))) return;
       for (const show of SHOWS) {
-        if (passes(show, item, others)) {
-          counts[show] += 1;
-          found[show].push(place);
-        }
+        if (passes(show, item, others)) found[show].push(place);
       }
     });
-    state.show ||= counts.differ ? "differ" : "all";
+    state.show ||= found.differ.length ? "differ" : "all";
     hits = found[state.show];
-    return counts;
+    return Object.fromEntries(SHOWS.map((show) => [show, found[show].length]));
   }
 
   // ---------------------------------------------------------------------------------------- controls
@@ -145,8 +141,7 @@
     if (head.recipes.length === 1) words.wrong = [head.verdicts[1], ""];
     const shown = head.recipes.length === 1 ? ["all", "wrong"] : SHOWS;
     const box = byId("show");
-    const same = [...box.querySelectorAll("input")].map((input) => input.value).join() === shown.join();
-    if (!same) {
+    if ([...box.querySelectorAll("input")].map((input) => input.value).join() !== shown.join()) {
       box.replaceChildren(
         box.firstElementChild,
         ...shown.map((show) =>
@@ -176,7 +171,6 @@
   }
 
   // -------------------------------------------------------------------------------------------- list
-
   let drawn = ""; // which rows are in the page: only those in sight and a few more
 
   function drawRows() {

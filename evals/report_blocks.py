@@ -12,6 +12,7 @@ from .settings import BASELINE
 from .tables import number, p_value, power_lines, shown_p, span, thousands, verdict
 
 _AIMS = {1: "more is better", -1: "less is better", 0: ""}
+_PERCENT = "percent"
 _ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 
 
@@ -82,6 +83,11 @@ def _axis(score: Score) -> str:
     return f"{score.title}{', percent' if score.percent else ''}{f' ({aim})' if aim else ''}"
 
 
+def _unit(score: Score) -> str:
+    """Percent, or what a title says after its comma: "length, words"."""
+    return _PERCENT if score.percent else score.title.rpartition(", ")[2]
+
+
 def run_plots(results: Results, benchmark: str, series: Sequence[str], name: str) -> list[dict[str, str]]:
     """The changes against the baseline, and the trade-offs or values, of one run."""
     kind, recipes = BENCHMARKS[benchmark], results.metrics[benchmark]
@@ -105,21 +111,19 @@ def _forests(
     name: str,
     change: bool,
 ) -> list[dict[str, str]]:
-    """One plot of the shares, and one for each score with a unit of its own."""
-    groups = [[score for score in scores if score.percent], *([s] for s in scores if not s.percent)]
+    """One plot of the shares, and one for each other unit, such as words."""
     found: list[dict[str, str]] = []
-    for group in groups:
+    for unit in dict.fromkeys(map(_unit, scores)):
         rows = []
-        for score in group:
+        for score in scores:
             dots = plots.dots(recipes, score.key, _scale(score), change, series)
-            if dots:
+            if _unit(score) == unit and dots:
                 rows.append((f"{score.title}{_ARROWS[score.better]}", dots))
-        if not rows:
-            continue
-        unit = "percentage points" if change else "percent"
-        axis = unit if group[0].percent else f"change of {group[0].title}" if change else group[0].title
-        key = f"{name}-{'change' if change else 'values'}-{len(found)}"
-        found.append({"title": title, "svg": plots.intervals(title, rows, axis, zero=change, name=key)})
+        if rows:
+            kind = "change" if change else "values"
+            axis = unit if not change else "percentage points" if unit == _PERCENT else f"change, {unit}"
+            own = f"{name}-{kind}-{len(found)}"
+            found.append({"title": title, "svg": plots.intervals(title, rows, axis, zero=change, name=own)})
     return found
 
 

@@ -118,7 +118,7 @@ class Browser:
 
     def press(self, *keys):
         for key in keys:
-            code, text = KEYS.get(key, (ord(key.upper()), key))
+            code, text = KEYS[key] if key in KEYS else (ord(key.upper()), key)
             event = {"key": key, "windowsVirtualKeyCode": code}
             self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **event)
             self.call("Input.dispatchKeyEvent", type="keyUp", **event)
