@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark import Request
-from .sources import DataError, ImageIndex, only, sample
+from .sources import DataError, ImageIndex, files_under, only, sample
 
 DIMENSIONS = ("existence", "state", "number", "action", "relation")
 ATTRIBUTES = ("state", "number", "action")
@@ -103,7 +103,8 @@ def load_amber(folder: str | Path) -> Amber:
 
 
 def _only_file(root: Path, name: str) -> Path | None:
-    files = sorted(root.rglob(name), key=lambda file: (len(file.parts), file))
+    same = (file for file in files_under(root) if file.name == name)
+    files = sorted(same, key=lambda file: (len(file.parts), file))
     if name == "annotations.json":  # not the only benchmark with a file of that name
         beside = [file for file in files if (file.parent / "relation.json").is_file()]
         files = beside or files
@@ -117,7 +118,13 @@ def _only_file(root: Path, name: str) -> Path | None:
 
 def _query_files(root: Path) -> list[Path]:
     whole = _only_file(root, "query_all.json")
-    return [whole] if whole else sorted(root.rglob("query_*.json"))
+    return (
+        [whole]
+        if whole
+        else sorted(
+            file for file in files_under(root) if file.name.startswith("query_") and file.suffix == ".json"
+        )
+    )
 
 
 def _read(file: Path, use: Callable[[Any], Any]) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .answers import Reading, parse, read_rows
-from .sources import DataError
+from .sources import DataError, files_under
 
 HALLUCINATION = ("existence", "count", "position", "color")
 PERCEPTION = (*HALLUCINATION, "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -144,7 +144,7 @@ def load_mme(
 def _texts(root: Path, subtasks: Sequence[str]) -> dict[str, list[Path]]:
     """Subtask -> its question files."""
     found: dict[str, dict[Path, list[Path]]] = defaultdict(dict)
-    for file in sorted(root.rglob("*.txt")):
+    for file in sorted(file for file in files_under(root) if file.suffix == ".txt"):
         home = file.parent.parent if file.parent.name == _QUESTIONS else file.parent
         name = root.resolve().name if home == root else home.name
         if name in subtasks:
@@ -161,7 +161,7 @@ def _texts(root: Path, subtasks: Sequence[str]) -> dict[str, list[Path]]:
 def _pictures(root: Path, subtasks: Sequence[str]) -> dict[tuple[str, str], list[Path]]:
     """(subtask, file name without its ending) -> images."""
     found: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for file in sorted(root.rglob("*")):
+    for file in sorted(files_under(root)):
         if file.suffix.lower() in _IMAGES:
             home = file.parent.parent if file.parent.name == "images" else file.parent
             name = root.resolve().name if home == root else home.name

@@ -109,6 +109,20 @@ def test_two_killed_processes_are_finished_by_one(alone, tmp_path):
             assert results.metrics[benchmark][recipe]["scores"] == recipes[recipe]["scores"]
 
 
+def test_a_model_spread_over_memory_and_disk_answers_the_same(alone, tmp_path):
+    """What `--device auto` does when a model does not fit: accelerate's hooks move its parts in and out."""
+    from transformers import AutoModelForImageTextToText
+
+    model, processor = regard.load_miniature("lvlm")
+    spread = AutoModelForImageTextToText.from_pretrained(
+        model.name_or_path, device_map="auto", max_memory={"cpu": "4MB"}, offload_folder=tmp_path / "parts"
+    ).eval()
+    assert {"cpu", "disk"} <= set(spread.hf_device_map.values())
+    found = regard.evaluate(spread, processor, "chair", ["vhr"], out=tmp_path / "run", **OPTIONS)
+    for recipe in ("none", "vhr"):
+        assert untimed(found.path, f"chair-{recipe}") == untimed(alone.path, f"chair-{recipe}")
+
+
 def test_parts_are_joined_in_order_and_once(tmp_path):
     config = {"benchmarks": ["pope"], "recipes": {"none": []}, "sessions": []}
     config |= {key: {} for key in ("prompts", "generation", "data")}
