@@ -145,7 +145,7 @@ def version_advice(questions: int, answers: int) -> str:
     if {questions, answers} in ({2910, 3000}, {8910, 9000}):
         return (
             "LLaVA's and OPERA's random file has 2910 rows (version e3e3926), every other version 3000: "
-            "load the questions that these answers were made with"
+            "load the questions that these answers were made with."
         )
     return ""
 

@@ -1,6 +1,6 @@
 """POPE as a benchmark of a run; the published rules are in `pope.py` and `pope_questions.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -58,6 +58,14 @@ class Pope(Benchmark):
             for split, rows in data.items()
             for row in rows
         ]
+
+    def keep(self, data: Data, ids: Collection[str]) -> Data:
+        """The questions with these item ids; a split that loses all of its own goes too."""
+        kept = {
+            split: [row for row in rows if f"{split}/{row['question_id']}" in ids]
+            for split, rows in data.items()
+        }
+        return {split: rows for split, rows in kept.items() if rows}
 
     def describe(self, data: Data) -> dict[str, Any]:
         """The version of the questions."""

@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -76,6 +77,7 @@ def as_splits(questions: Questions) -> dict[str, list[Question]]:
     return splits
 
 
+@lru_cache(maxsize=2**15)
 def question_key(text: str) -> str:
     """A question up to its last question mark, without case, extra blanks, and the typo "imange"."""
     words = " ".join(text.lower().replace("imange", "image").split())

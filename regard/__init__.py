@@ -74,10 +74,12 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "load_miniature": "evals.miniature",
     "evaluate": "evals.runner",
     "Results": "evals.results",
+    "import_answers": "evals.importer",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
+    from .evals.importer import import_answers as import_answers
     from .evals.miniature import load_miniature as load_miniature
     from .evals.results import Results as Results
     from .evals.runner import evaluate as evaluate

@@ -11,6 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from .cli_answers import import_, pope_app, pope_build, pope_check
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 app = typer.Typer(
@@ -362,6 +364,12 @@ def doctor(
     Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if not found.ok:
         raise typer.Exit(1)
+
+
+app.command("import")(_reported(import_))
+app.add_typer(pope_app, name="pope")
+pope_app.command("build")(_reported(pope_build))
+pope_app.command("check")(_reported(pope_check))
 
 
 def _own_device() -> str:
