@@ -140,7 +140,7 @@ def import_answers(
         items = kind.items(content)
     config = _config(asked, content, items, read, paired, model, command)
     config["recipes"] = {
-        label: [_source(read[label], found, _called(files, label))] for label, found in paired.items()
+        label: _sources(read[label], found, _called(files, label)) for label, found in paired.items()
     }
     folder = RunFolder.create(out, config)
     try:
@@ -205,16 +205,19 @@ def _called(files: Mapping[str, Files], label: str) -> str:
     return next(iter(files)) if label == BASELINE and BASELINE not in files else ""
 
 
-def _source(files: Sequence[AnswerFile], found: Paired, called: str) -> Record:
-    """What a recipe is, for `config.json`."""
-    return {
-        "class": "imported answers",
-        **({"note": f"called {called}"} if called else {}),
-        "files": [file.path.name for file in files],
-        "forms": [file.form for file in files],
-        "paired_by": found.ways,
-        "sha256": [file.sha256 for file in files],
-    }
+def _sources(files: Sequence[AnswerFile], found: Paired, called: str) -> list[Record]:
+    """What a recipe is, file by file, for `config.json`."""
+    return [
+        {
+            "class": "imported answers",
+            **({"note": f"called {called}"} if called else {}),
+            "file": file.path.name,
+            "form": file.form,
+            "paired_by": way,
+            "sha256": file.sha256,
+        }
+        for file, way in zip(files, found.ways, strict=True)
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- data
