@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from .generation import Search, generate, left_padding, make_inputs, make_prompt
@@ -155,6 +156,7 @@ class RegardModel(lmms):  # type: ignore[misc]
         self._setting = _one_setting(recipes, self.model, self.processor)
         self._run: Any = None
         self._started = ""
+        self._seed = torch.initial_seed()  # lmms-eval's --seed
         self._batches = 0
         self.description: dict[str, Any] = {}
 
@@ -198,8 +200,11 @@ class RegardModel(lmms):  # type: ignore[misc]
     def _attached(self, request: Any) -> Any:
         """The engine; one run for all calls, so that its report covers them (a response cache makes several)."""
         if self._run is None:
-            images = lambda: self._inputs(list(_first_images(self.task_dict, request)))  # noqa: E731
-            self._setting = find_sinks([self._setting], self.model, images)[0]
+            (self._setting,) = find_sinks(
+                [self._setting],
+                self.model,
+                lambda: self._inputs(list(_first_images(self.task_dict, request))),
+            )
             self._run = self._setting.attach(self.model)
         return self._run
 
@@ -209,7 +214,7 @@ class RegardModel(lmms):  # type: ignore[misc]
 
     def _answer(self, batch: Sequence[tuple[Any, ...]]) -> list[GenerationResult]:
         asked = _Asked.of(batch[0][1], batch[0][4])
-        seed = zlib.crc32(f"{self.rank}/{self._batches}".encode())
+        seed = zlib.crc32(f"{self._seed}/{self.rank}/{self._batches}".encode())
         self._batches += 1
         prompts, images = [], []
         for text, _, to_visual, number, task, split in batch:

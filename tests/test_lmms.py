@@ -256,17 +256,13 @@ def test_generation_settings_are_obeyed(ours: Ours, baseline: dict[str, Any]) ->
     assert all(row["token_counts"][0]["output_tokens"] == 5 for row in short["samples"]["local_chair"])
     stopped = _texts(_evaluate(ours, "none", "local_chair", gen_kwargs="until=."), "local_chair")
     assert stopped == [text.split(".")[0] for text in whole]
-    drawn = [
-        _texts(
-            _evaluate(
-                ours, "none", "local_chair", gen_kwargs=f"temperature=1,top_k={top_k},max_new_tokens=20"
-            ),
-            "local_chair",
-        )
-        for top_k in (1, 0, 0)
-    ]
+    drawn = []
+    for top_k, seed in ((1, 1), (0, 1), (0, 1), (0, 2)):
+        wanted = f"temperature=1,top_k={top_k},max_new_tokens=20"
+        found = _evaluate(ours, "none", "local_chair", gen_kwargs=wanted, torch_random_seed=seed)
+        drawn.append(_texts(found, "local_chair"))
     assert all(text.startswith(likeliest) for text, likeliest in zip(whole, drawn[0], strict=True))
-    assert drawn[0] != drawn[1] == drawn[2]
+    assert drawn[0] != drawn[1] == drawn[2] != drawn[3]
 
 
 def test_repeats_are_drawn_afresh(ours: Ours) -> None:
