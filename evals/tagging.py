@@ -24,7 +24,7 @@ from .pieces import Chunk, Memo, Reduced, Word, chunk_of, lower, placed
 from .words import node_words, pairs
 
 _INSIDE = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)+,?")
-_LETTERS = re.compile(r"[a-z]+")
+_PLAIN = re.compile(r"([a-z0-9]+(?:-[a-z0-9]+)*)([,.]?)")
 _PLAIN_END = re.compile(r"([a-z]+(?:-[a-z]+)*)([.?!])")
 _CLOSERS = "\"')]}>\u2018\u2019\u201c\u201d\xab\xbb"
 _ONLY_CLOSERS = re.compile(rf"[{re.escape(_CLOSERS)}]+")
@@ -131,8 +131,11 @@ class NltkWords:
     def _edge(self, key: tuple[str, bool, bool]) -> Chunk:
         """The tokens of a piece that is the first of its sentence, or the last, or both, or neither."""
         piece, first, last = key
-        if _LETTERS.fullmatch(piece) and not any(rule.search(f" {piece} ") for rule in self._contractions):
-            return self._chunk(piece, [piece])
+        plain = _PLAIN.fullmatch(piece)
+        if plain and not any(rule.search(f" {piece} ") for rule in self._contractions):
+            word, sign = plain.groups()
+            parted = sign == "," or (sign == "." and last)  # the dot of an abbreviation stays with it
+            return self._chunk(piece, [word, sign] if parted else [piece])
         tokens = self._treebank.tokenize(("" if first else "x ") + piece + ("" if last else " x"))
         return self._chunk(piece, tokens[0 if first else 1 : len(tokens) - (0 if last else 1)])
 
