@@ -18,8 +18,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from .answer_files import AnswerFile, read_answer_file
 from .benchmark import Benchmark, Data, Item, Request
 from .benchmarks import BENCHMARKS
+from .captioned import by_truth, renamed
 from .coco_truth import GroundTruth, load_ground_truth
-from .pairing import Paired, check_whole, image_names, pair
+from .pairing import Paired, check_whole, pair
 from .protocol import settle
 from .results import Results, build_results
 from .run_folder import EvalError, Record, RunFolder, slug
@@ -65,11 +66,11 @@ class _Asked:
         listed = read_names(self.sources.names) if self.sources and self.sources.names else None
         wanted = only_images if only_images is not None else listed
         if self.truth is not None:
-            return _by_truth(wanted or captioned, self.truth)
+            return by_truth(wanted or captioned, self.truth)
         if self.sources is None:
             raise DataError(f"{self.kind.name} needs --data: the folder of what was asked")
         if self.kind.name == "chair" and wanted is None:
-            wanted = _annotated(self.sources.instances, captioned)
+            wanted = captioned
         return self.kind.load(Request(self.name, self.sources, wanted, sys.maxsize, 0, self.scoring))
 
 
@@ -128,6 +129,8 @@ def import_answers(
     for label, paths in _baseline_first(files).items():
         read[label] = [read_answer_file(path, form) for path in paths]
     asked = _asked(kind, data, truth, images, settled)
+    if benchmark == "chair" and asked.sources is not None and asked.truth is None:
+        read = renamed(read, BASELINE, asked.sources.instances)
     captioned = [row.image or row.id or "" for file in read[BASELINE] for row in file.rows]
     content = asked.data(captioned)
     if not (items := kind.items(content)):
@@ -259,39 +262,6 @@ def _asked(
         scoring = {**scoring, "truth_words": loaded.name}
     name = str(sources.questions or sources.root or sources.images) if sources is not None else str(truth)
     return _Asked(kind, name, sources, loaded, place, scoring)
-
-
-def _by_truth(names: Sequence[str], truth: GroundTruth) -> Data:
-    """CHAIR's data: image -> its objects."""
-    lost = [name for name in names if name not in truth]
-    if lost:
-        raise DataError(
-            f"{len(lost)} of {len(names)} captioned images have no ground truth: {', '.join(lost[:3])}; it has "
-            f"{len(truth)} images, such as {next(iter(truth), 'none')}"
-        )
-    return {_padded(name): sorted(truth[name]) for name in names}
-
-
-def _padded(name: str) -> str:
-    """A bare COCO number as a file name."""
-    return f"{int(name):012d}.jpg" if name.isdigit() else name
-
-
-def _annotated(instances: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """The file names of images that a file of captions may call by their number."""
-    by_name: dict[str, str] = {}
-    for file in instances:
-        for row in json.loads(file.read_text(encoding="utf-8"))["images"]:
-            by_name.setdefault(str(row["id"]), str(row["file_name"]))
-            for name in image_names(str(row["file_name"])):
-                by_name[name] = str(row["file_name"])
-    found = [next((by_name[key] for key in image_names(name) if key in by_name), "") for name in names]
-    lost = [name for name, file in zip(names, found, strict=True) if not file]
-    if lost:
-        raise DataError(
-            f"{len(lost)} of {len(names)} captioned images are not in the annotations: {', '.join(lost[:3])}"
-        )
-    return found
 
 
 def _common(asked: _Asked, data: Data, items: Sequence[Item], paired: Mapping[str, Paired]) -> Data:

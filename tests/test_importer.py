@@ -147,6 +147,25 @@ def test_captions_of_annotated_images_are_called_by_number_or_name(shared_data: 
         import_answers("chair", {"none": extra}, coco, tmp_path / "other", chair="regard")
 
 
+def test_lmms_evals_captions_of_a_data_set_of_ones_own(tmp_path: Path) -> None:
+    """Its log tells an image by the number in the annotations, which the file's name does not hold."""
+    from regard.evals.miniature.coco import coco_files
+
+    data = Path(coco_files(tmp_path / "data", 4, seed=5))
+    images = json.loads(next(data.rglob("instances*.json")).read_text())["images"]
+    rows = []
+    for number, row in enumerate(images):
+        metric = {"answer": [], "pred": ["dog"], "image_id": row["id"]}
+        rows.append(
+            {"doc_id": number, "filtered_resps": "a dog.", "target": "[]", "coco_cap_chair_i": metric}
+        )
+    file = write_lines(tmp_path / "20251125_samples_coco_cap_chair.jsonl", rows[::-1])
+    results = import_answers("chair", {"none": file}, data, tmp_path / "run", chair="regard")
+    truth = results.data("chair")
+    assert list(truth) == [row["file_name"] for row in images]
+    assert value(results, "chair_i") == 1 - sum("dog" in things for things in truth.values()) / 4
+
+
 # ----------------------------------------------------------------------------------------------- refusals
 
 
