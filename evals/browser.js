@@ -4,7 +4,6 @@
   const ROW = 48; // pixels, as in the style sheet: 3rem
   const SHOWS = ["all", "fixed", "broke", "differ", "wrong"];
   // ---------------------------------------------------------------------------------------- pictures
-
   const index = data("image-index");
   const chunks = new Map();
 
@@ -19,7 +18,6 @@
   }
 
   // ------------------------------------------------------------------------------------------- state
-
   const sets = new Map();
   const state = { set: byId("set").value, recipe: "", show: "", query: "", facets: {}, item: "" };
   let head, rows, texts; // of the set that is shown
@@ -60,7 +58,6 @@
   }
 
   // ----------------------------------------------------------------------------------------- filters
-
   /* An item is [id, image, question, truth, facets, answers], an answer [right, differs, text, marks, cut];
      the first answer is the baseline's. */
   function passes(show, item, others) {
@@ -108,7 +105,6 @@
   }
 
   // ---------------------------------------------------------------------------------------- controls
-
   function fillControls() {
     byId("set").value = state.set;
     const others = head.recipes.slice(1);
@@ -227,7 +223,6 @@
   }
 
   // ------------------------------------------------------------------------------------------ detail
-
   function showItem() {
     state.item = at >= 0 ? rows[hits[at]][0] : "";
     drawRows();
@@ -238,7 +233,9 @@
     }
     const [id, image, question, truth, facets, answers] = rows[hits[at]];
     const name = index.names[head.run][image];
-    const facts = [["true", truth || "–"], ["image", name], ["item", id]];
+    const facts = [["true", truth || "–"], ["image", name]];
+    if (id !== name) facts.push(["item", id]);
+    if (!question) facts.push(["prompt", head.prompt]);
     Object.entries(head.facets).forEach(([fact, values], n) => facts.push([fact, values[facets[n]]]));
     const list = make("dl", { className: "facts" });
     for (const [fact, value] of facts) {
@@ -249,7 +246,7 @@
     const seen = uri
       ? make("img", { src: uri, alt: `Image ${name}` })
       : make("div", { className: "missing", textContent: `${name}: no picture on this page` });
-    const asked = make("p", { className: "question", textContent: question || head.prompt });
+    const asked = make("p", { className: "question", textContent: question, hidden: !question });
     const said = make("div", { className: "said" }, ...head.recipes.map((recipe, n) => answer(recipe, answers[n])));
     detail.replaceChildren(bar(), make("div", { className: "top" }, seen, make("div", {}, asked, list)), said);
   }
@@ -294,7 +291,6 @@
   }
 
   // ---------------------------------------------------------------------------------------- keyboard
-
   function onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     const { target, key } = event;
@@ -344,7 +340,6 @@
   }
 
   // ------------------------------------------------------------------------------------------- start
-
   function listen() {
     let waiting = 0;
     const changed = () => { update(); writeHash(); };

@@ -100,11 +100,11 @@ class Results:
         return tables(self, full)
 
     def write(self, files: Mapping[str, Path] | None = None) -> Path:
-        """Write `metrics.json` and the page into the run's folder.
+        """Write `metrics.json`, the tables and the page into the run's folder.
 
         Args:
-            files: image files, of which the page's examples are copied (small) into the run; without them
-                the page shows the images that are already there.
+            files: image files, of which small copies are kept in the run; without them the page shows the
+                copies that are already there.
         """
         from .report import write_report
 

@@ -7,7 +7,7 @@ from PIL import Image
 from regard.evals import report
 from regard.evals.results import Results
 from tests import chromium
-from tests.test_report import IMAGES, record
+from tests.hand_run import IMAGES, record
 
 pytestmark = pytest.mark.skipif(
     chromium.find() is None, reason=f"no browser is installed: {', '.join(chromium.NAMES)}"
