@@ -161,7 +161,7 @@ def _annotations(
 
 
 def wanted_images(request: Request, amber: Amber, named: Iterable[str]) -> list[str]:
-    """The images of a run, in the order of the data: those asked for, at most so many, each with its file.
+    """The images of a run, in the order of the data: those asked for, at most so many.
 
     The draw depends on the seed alone, so that both tasks of one run see the same images.
 
@@ -175,7 +175,9 @@ def wanted_images(request: Request, amber: Amber, named: Iterable[str]) -> list[
             "name them so, one per line"
         )
     drawn = sample(dict.fromkeys(images), request.items, f"{request.seed}/amber")
-    ImageIndex(request.sources.images).require(list(drawn), f"name those you have in images.txt. {_LAYOUT}")
+    if request.need_images:
+        advice = f"name those you have in images.txt. {_LAYOUT}"
+        ImageIndex(request.sources.images).require(list(drawn), advice)
     return list(drawn)
 
 

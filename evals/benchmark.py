@@ -29,6 +29,7 @@ class Request:
         items: most images.
         seed: of the draw of images and of questions that are built.
         scoring: as in `config.json`.
+        need_images: whether the files of the images must be there; scoring answers made elsewhere does without.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Request:
     items: int
     seed: int
     scoring: Mapping[str, Any]
+    need_images: bool = True
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ class _Asked:
             raise DataError(f"{self.kind.name} needs --data: the folder of what was asked")
         if self.kind.name == "chair" and wanted is None:
             wanted = captioned
-        return self.kind.load(Request(self.name, self.sources, wanted, sys.maxsize, 0, self.scoring))
+        return self.kind.load(
+            Request(self.name, self.sources, wanted, sys.maxsize, 0, self.scoring, need_images=False)
+        )
 
 
 def import_answers(

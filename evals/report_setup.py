@@ -14,13 +14,14 @@ _SETTINGS = ("prompts", "generation", "scoring", "recipes", "versions", "model",
 def setup(results: Results) -> list[tuple[str, list[str]]]:
     """(title, lines) of what one needs to run it again."""
     config = results.config
-    model = config["model"]
-    size = f"{thousands(model['parameters'])} parameters, {model['dtype']}"
+    model, elsewhere = config["model"], config.get("imported", False)
+    size = "" if elsewhere else f", {thousands(model['parameters'])} parameters, {model['dtype']}"
     lines = [
-        ("model", [f"{config['model_name']}, {model['class']}, {size}"]),
+        ("model", [f"{config['model_name']}, {model['class']}{size}"]),
         ("versions", [", ".join(f"{name} {version}" for name, version in config["versions"].items())]),
-        ("draw", [f"at most {config['items']} images, seed {config['seed']}"]),
     ]
+    if not elsewhere:
+        lines.append(("draw", [f"at most {config['items']} images, seed {config['seed']}"]))
     for name, part in config["data"].items():
         facts = [str(config["source"]), f"{part['images']} images, SHA-256 {part['images_sha256'][:16]}…"]
         if "items" in part:
@@ -41,7 +42,8 @@ def setup(results: Results) -> list[tuple[str, list[str]]]:
         )
     for session in config["sessions"]:
         facts = [session["command"]] if session["command"] else []
-        facts.append(f"started {session['started']}, batch size {session['batch_size']}")
+        batches = "" if elsewhere else f", batch size {session['batch_size']}"
+        facts.append(f"started {session['started']}{batches}")
         facts.append(f"{session['device']}, Python {session['python']}")
         lines.append(("session", facts))
     return lines

@@ -165,6 +165,8 @@ def fact_rows(benchmark: str, recipes: Mapping[str, Any]) -> list[tuple[str, lis
         rows.append((good, ["" if t is None else str(t["gained"]) for t in tests]))
         rows.append((bad, ["" if t is None else str(t["lost"]) for t in tests]))
         rows.append(("McNemar, exact p", ["" if t is None else p_value(shown_p(t)) for t in tests]))
+    if found[0]["tokens"] is None:  # answers made elsewhere
+        return rows
     rows.append(("cut by the token limit", [str(m["cut"]) for m in found]))
     costs = [cost_cells(m, found[0]) for m in found]
     rows += [(title, [cells[title] for cells in costs]) for title in costs[0]]

@@ -203,7 +203,9 @@ class _Cost:
             yield record
 
     def facts(self) -> dict[str, Any]:
-        """The median leaves out the slow first batch."""
+        """The median leaves out the slow first batch. Answers made elsewhere come without tokens: nothing is known."""
+        if not self.tokens:
+            return {"cut": None, "tokens": None, "seconds": None, "median_seconds": None}
         return {
             "cut": self.cut,
             "tokens": self.tokens,

@@ -140,8 +140,9 @@ def facts(metrics: Mapping[str, Any], benchmark: str) -> str:
             f"{test['gained']} {kind.units} {kind.became[0]}, {test['lost']} {kind.became[1]} "
             f"(McNemar p {p_value(shown_p(test))})"
         )
-    parts.append(f"{metrics['cut']} cut by the token limit")
-    parts.append(f"{metrics['median_seconds'] * 1000:.0f} ms each")
+    if metrics["tokens"] is not None:
+        parts.append(f"{metrics['cut']} cut by the token limit")
+        parts.append(f"{metrics['median_seconds'] * 1000:.0f} ms each")
     return "; ".join(parts)
 
 
@@ -155,7 +156,8 @@ def tables(results: "Results", full: bool = False) -> list[Any]:
         kind = BENCHMARKS[benchmark]
         title = f"{kind.title}: {first['items']} {kind.units}, {first['images']} images"
         parts.append(_table(title, recipes, [s for s in results.scores(benchmark) if full or s.main]))
-        parts.append(_costs(recipes))
+        if first["tokens"] is not None:
+            parts.append(_costs(recipes))
         parts += [Text(f"  {recipe}: {facts(found, benchmark)}") for recipe, found in recipes.items()]
         parts += [Text(f"  {line}", style="dim") for line in power_lines(results, benchmark)]
         parts.append(Text(""))

@@ -1,5 +1,6 @@
 """AMBER and MME through a whole run of the miniature: scores of the plain functions, and the page."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,27 @@ def test_amber(model, amber, tmp_path):
     assert found.config["scoring"]["similarity"] == "exact"
     assert "AMBER, generative" in found.page.read_text()
     assert "AMBER, discriminative" in found.table()
+
+
+def test_answers_to_amber_are_imported_without_its_images(shared_data, tmp_path):
+    captions = dict.fromkeys(range(1, 5), "A dog and a man by a lake.")
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps([{"id": number, "response": text} for number, text in captions.items()]))
+    found = regard.import_answers(
+        "amber_g",
+        {"mine": file},
+        shared_data / "amber",
+        tmp_path / "run",
+        allow_missing=True,
+        scoring=SCORING,
+    )
+    whole = score_amber(captions, load_amber(shared_data / "amber"), "regard", "exact").generative
+    scores = found.metrics["amber_g"]["none"]["scores"]
+    assert scores["chair"]["value"] == pytest.approx(whole.chair)
+    assert scores["cover"]["value"] == pytest.approx(whole.cover)
+    assert found.metrics["amber_g"]["none"]["tokens"] is None
+    assert "tokens/s" not in found.table()
+    assert "0 ms" not in found.page.read_text()
 
 
 def test_mme(model, pictures, tmp_path):
