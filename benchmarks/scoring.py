@@ -54,9 +54,10 @@ def varied(real: list[str], count: int, shortest: int) -> Iterator[tuple[str, st
     real = [caption for caption in real if len(caption.split()) >= shortest]
     images = sorted(node_words())
     for i in range(count):
-        sentences = [s for s in real[i % len(real)].split(". ") if s]
+        text = real[i % len(real)]
+        sentences = [sentence for sentence in text.removesuffix(".").split(". ") if sentence]
         rng.shuffle(sentences)
-        caption = ". ".join(sentences)
+        caption = ". ".join(sentences) + "." * text.endswith(".")
         if i % 2:
             words = caption.split(" ")
             words.insert(rng.randrange(len(words) + 1), f"w{rng.getrandbits(40):x}")

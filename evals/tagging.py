@@ -91,6 +91,7 @@ class NltkWords:
         self._forms: Memo[str, _Form] = Memo(self._form)
         self._pieces: Memo[str, _Piece] = Memo(self._piece)
         self._edges: Memo[tuple[str, bool, bool], Chunk] = Memo(self._edge)
+        self._normals: Memo[str, str] = Memo(self._normal)
         self._weights: Memo[str, NDArray[np.float64] | None] = Memo(self._feature_weights)
 
     def reduce(self, caption: str) -> Reduced:
@@ -203,7 +204,7 @@ class NltkWords:
 
     def _predict(self, window: list[str], before: str | None, before2: str | None) -> str:
         """The tag of the token in the middle of five, by the sum of its features' weights."""
-        context = [self._normal(token) for token in window]
+        context = [self._normals[token] for token in window]
         features = self._tagger._get_features(0, window[2], context, before, before2)
         scores = np.zeros(len(self._labels))
         for feature in features:
