@@ -154,7 +154,6 @@ def seen(page: Path, key: str, rounds: int) -> dict[str, float]:
             }.items():
                 row[name] = browser.run(TIMED % action)
             row["rows_in_page"] = browser.run("document.querySelectorAll('.row').length")
-            row["heap_megabytes"] = browser.run("performance.memory.usedJSHeapSize / 1e6")
             rows.append(row)
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
