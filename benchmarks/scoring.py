@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from regard.evals.chair import GroundTruth, chair_objects, score_chair
-from regard.evals.pieces import lower
-from regard.evals.words import chair_words, merge_pairs, node_words, pairs
+from regard.evals.chair.pieces import lower
+from regard.evals.chair.words import chair_words, merge_pairs, node_words, pairs
 
 WORDS = ("wordnet", "regard", "pattern")
 Found = tuple[int, list[tuple[str, int]]]

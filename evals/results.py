@@ -95,7 +95,7 @@ class Results:
 
     def rich(self, full: bool = False) -> list[Any]:
         """The tables and remarks as rich renderables, for a terminal."""
-        from .tables import tables
+        from .report.tables import tables
 
         return tables(self, full)
 
@@ -106,7 +106,7 @@ class Results:
             files: image files, of which small copies are kept in the run; without them the page shows the
                 copies that are already there.
         """
-        from .report import write_report
+        from .report.page import write_report
 
         self.folder.write_json("metrics.json", {"metrics": self.metrics, "unfinished": self.unfinished})
         return write_report(self, files)
@@ -138,7 +138,7 @@ class Results:
         return self.table()
 
     def _repr_html_(self) -> str:
-        from .report import html_tables
+        from .report.page import html_tables
 
         return html_tables(self)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from .pope_questions import SPLITS
+from .pope.questions import SPLITS
 from .run_folder import EvalError
 
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

@@ -79,7 +79,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
-    from .evals.importer import import_answers as import_answers
+    from .evals.harnesses.importer import import_answers as import_answers
     from .evals.miniature import load_miniature as load_miniature
     from .evals.results import Results as Results
     from .evals.runner import evaluate as evaluate

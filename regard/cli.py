@@ -302,8 +302,8 @@ def report(
 
     Example: `regard report runs/demo`, or `regard report runs/llava runs/qwen --out both.html`
     """
-    from .evals.drawn import load_drawn
-    from .evals.report import write_report
+    from .evals.pictures.drawn import load_drawn
+    from .evals.report.page import write_report
     from .evals.results import Results
 
     if len(runs) == 1 and out is None:

@@ -57,7 +57,7 @@ def import_(
     Example: `regard import pope none=base.jsonl vhr=vhr.jsonl --data pope/coco --out runs/imported`
     """
     from .cli import _show
-    from .evals.importer import import_answers, parse_files
+    from .evals.harnesses.importer import import_answers, parse_files
 
     results = import_answers(
         benchmark, parse_files(files), data, out, form=form, truth=truth, images=images, model=model, parser=parser,
@@ -85,7 +85,7 @@ def pope_build(
 
     Example: `regard pope build warehouse/annotations.json --images 200 --out warehouse/pope`
     """
-    from .evals.pope_build import write_pope
+    from .evals.pope.build import write_pope
 
     _show_pope(write_pope(data, out, images, seed, per_image, chair))
 
@@ -97,7 +97,7 @@ def pope_check(
 
     Example: `regard pope check POPE/output/coco`
     """
-    from .evals.pope_build import check_pope
+    from .evals.pope.build import check_pope
 
     _show_pope(check_pope(path))
 

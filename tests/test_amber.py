@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regard.evals import words
 from regard.evals.amber import (
     amber_score,
     load_amber,
@@ -19,9 +18,10 @@ from regard.evals.amber import (
     read_caption,
     score_amber,
 )
-from regard.evals.amber_benchmark import amber_scoring
-from regard.evals.amber_data import Amber
-from regard.evals.amber_words import noun_reader
+from regard.evals.amber.benchmark import amber_scoring
+from regard.evals.amber.data import Amber
+from regard.evals.amber.words import noun_reader
+from regard.evals.chair import words
 from regard.evals.run_folder import EvalError
 
 Alike = Callable[[str, str], float]

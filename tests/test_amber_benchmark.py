@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from regard.evals.amber import load_amber, score_amber
-from regard.evals.amber_benchmark import AmberDiscriminative, AmberGenerative
+from regard.evals.amber.benchmark import AmberDiscriminative, AmberGenerative
 from regard.evals.benchmark import Benchmark, Request
 from regard.evals.scores import measure
 from regard.evals.sources import DataError, Sources

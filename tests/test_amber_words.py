@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from regard.evals import amber_words, words
-from regard.evals.amber_words import noun_reader, similarity_named
+from regard.evals.amber import words as amber_words
+from regard.evals.amber.words import noun_reader, similarity_named
+from regard.evals.chair import words
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from elsewhere import (
 )
 from PIL import Image
 
-from regard.evals.answer_files import FORMS, read_answer_file
-from regard.evals.importer import import_answers
-from regard.evals.pairing import image_names
+from regard.evals.harnesses.answer_files import FORMS, read_answer_file
+from regard.evals.harnesses.importer import import_answers
+from regard.evals.harnesses.pairing import image_names
 from regard.evals.pope import Question
 from regard.evals.sources import DataError
 from regard.hooks.errors import UnknownName

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from regard.evals import words
 from regard.evals.chair import (
     CONFIGURATIONS,
     ChairScore,
@@ -22,8 +21,9 @@ from regard.evals.chair import (
     image_key,
     load_ground_truth,
     score_chair,
+    words,
 )
-from regard.evals.words import node_words
+from regard.evals.chair.words import node_words
 from regard.hooks.errors import UnknownName
 
 ALL_FILES = [

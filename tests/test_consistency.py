@@ -13,10 +13,16 @@ from typer.testing import CliRunner
 
 import regard
 from regard import cli
-from regard.evals.consistency import ConsistencyResults, compose, cosines, evaluate_consistency, lane_of
-from regard.evals.drawn import load_drawn, noise
 from regard.evals.miniature import load_judge
-from regard.evals.subjects import evaluate_subjects, prompts
+from regard.evals.pictures.consistency import (
+    ConsistencyResults,
+    compose,
+    cosines,
+    evaluate_consistency,
+    lane_of,
+)
+from regard.evals.pictures.drawn import load_drawn, noise
+from regard.evals.pictures.subjects import evaluate_subjects, prompts
 
 OPTIONS: dict[str, Any] = {"items": 4, "steps": 2, "progress": False}
 

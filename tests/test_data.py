@@ -8,7 +8,7 @@ import regard
 from regard.evals import data as eval_data
 from regard.evals import runner
 from regard.evals.pope import load_pope
-from regard.evals.pope_benchmark import pope_questions
+from regard.evals.pope.benchmark import pope_questions
 from regard.evals.sources import DataError, find_sources
 
 WORDS = {"truth_words": "regard"}

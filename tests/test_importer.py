@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import regard
 from regard import cli
-from regard.evals import words
-from regard.evals.importer import import_answers, parse_files
+from regard.evals.chair import words
+from regard.evals.harnesses.importer import import_answers, parse_files
 from regard.evals.pope import Question
 from regard.evals.run_folder import EvalError, RunFolderError
 from regard.evals.sources import DataError

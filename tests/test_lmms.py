@@ -23,7 +23,7 @@ from lmms_eval.tasks import TaskManager
 import regard
 from regard.evals.chair import score_chair
 from regard.evals.generation import generate, left_padding, make_prompt
-from regard.evals.lmms import RegardModel, _Asked, manifest
+from regard.evals.harnesses.lmms import RegardModel, _Asked, manifest
 from regard.evals.miniature.coco import coco_files
 from regard.evals.pope import Question, score_pope
 from regard.evals.run_folder import EvalError, RunFolder

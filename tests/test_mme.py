@@ -21,7 +21,7 @@ from regard.evals.mme import (
     load_mme_answers,
     score_mme,
 )
-from regard.evals.mme_benchmark import MME, MMEHallucination
+from regard.evals.mme.benchmark import MME, MMEHallucination
 from regard.evals.scores import measure
 from regard.evals.sources import DataError, ImageIndex, Sources, find_sources
 

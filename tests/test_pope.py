@@ -22,7 +22,7 @@ from regard.evals.pope import (
     pope_version,
     score_pope,
 )
-from regard.evals.pope_questions import same_question
+from regard.evals.pope.questions import same_question
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from regard import cli
 from regard.evals.pope import SPLITS, load_pope
-from regard.evals.pope_build import check_pope, write_pope
+from regard.evals.pope.build import check_pope, write_pope
 from regard.evals.run_folder import RunFolderError
 from regard.evals.sources import DataError
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regard.evals import plots, report
+from regard.evals import report
+from regard.evals.report import plots
+from regard.evals.report.tables import number, p_value, power_line, shown_p, verdict
 from regard.evals.results import Results
 from regard.evals.scores import Score
-from regard.evals.tables import number, p_value, power_line, shown_p, verdict
 from tests.hand_run import IMAGES, parsed, record
 
 

@@ -10,12 +10,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from regard.cli import app
-from regard.evals import report, report_items
+from regard.evals import report
 from regard.evals.benchmark import Item
 from regard.evals.benchmarks import BENCHMARKS
-from regard.evals.report_items import PageItems, facets
-from regard.evals.report_pictures import keep_pictures, kept_file, side
-from regard.evals.report_tables import markdown_table
+from regard.evals.report import items as report_items
+from regard.evals.report.export import markdown_table
+from regard.evals.report.items import PageItems, facets
+from regard.evals.report.pictures import keep_pictures, kept_file, side
 from regard.evals.results import Results
 from regard.evals.run_folder import RunFolder, RunFolderError
 from tests.hand_run import IMAGES, blocks, parsed, record

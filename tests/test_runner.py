@@ -19,7 +19,7 @@ from regard.evals import runner
 from regard.evals.chair import score_chair
 from regard.evals.generation import make_prompt
 from regard.evals.pope import load_pope, score_pope
-from regard.evals.pope_benchmark import pope_questions
+from regard.evals.pope.benchmark import pope_questions
 from regard.evals.results import Results
 from regard.evals.run_folder import EvalError, RunFolder, RunFolderError
 from regard.evals.settings import make_settings

@@ -10,7 +10,7 @@ import torch
 import regard
 from regard.evals.miniature import load_judge
 from regard.evals.miniature.subjects import SUBJECTS, caption, draw_picture, held_out, pairs, training_example
-from regard.evals.subjects import evaluate_subjects, prompts
+from regard.evals.pictures.subjects import evaluate_subjects, prompts
 
 
 @pytest.fixture(scope="module")

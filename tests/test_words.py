@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from regard.evals import words as w
 from regard.evals.chair import chair_objects
-from regard.evals.pieces import Memo, lower
+from regard.evals.chair import words as w
+from regard.evals.chair.pieces import Memo, lower
 
 
 @pytest.fixture(scope="module")

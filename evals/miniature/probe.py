@@ -13,8 +13,8 @@ from .language import DETAIL_PROMPT
 from .scenes import Scene, make_scene
 
 if TYPE_CHECKING:
-    from ..chair import ChairScore
-    from ..pope import SplitScore
+    from ..chair.scoring import ChairScore
+    from ..pope.scoring import SplitScore
 
 FIRST_SEED = 900_000_000
 """Held-out scenes of the model card count up from here; runs of the benchmarks take other seeds."""
@@ -58,7 +58,7 @@ def answers(
 
 def pope(model: Any, processor: Any, scenes: Sequence[Scene]) -> "dict[str, SplitScore]":
     """POPE by the official rules, three objects and three absent ones per scene: split name to score."""
-    from ..pope import build_pope, score_pope
+    from ..pope.scoring import build_pope, score_pope
 
     shown = {str(scene.seed): scene for scene in scenes}
     questions = build_pope({name: scene.categories for name, scene in shown.items()})
@@ -71,7 +71,7 @@ def pope(model: Any, processor: Any, scenes: Sequence[Scene]) -> "dict[str, Spli
 
 def chair(model: Any, processor: Any, scenes: Sequence[Scene], tokens: int = 120) -> "ChairScore":
     """CHAIR of the detailed descriptions; the annotated objects are the truth."""
-    from ..chair import score_chair
+    from ..chair.scoring import score_chair
 
     texts = answers(model, processor, [(scene, DETAIL_PROMPT) for scene in scenes], tokens)
     captions = {str(scene.seed): text for scene, text in zip(scenes, texts, strict=True)}

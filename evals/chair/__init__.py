@@ -1,0 +1,41 @@
+"""CHAIR: which objects does a caption name that are not there? `scoring` has the rules, `benchmark` the runs."""
+
+from .scoring import (
+    CONFIGURATIONS,
+    CaptionRecord,
+    ChairConfiguration,
+    ChairScore,
+    ChairSums,
+    ChairWords,
+    GroundTruth,
+    Mention,
+    caption_record,
+    chair_configuration,
+    chair_objects,
+    chair_words,
+    drop_unfinished_sentence,
+    ground_truth,
+    image_key,
+    load_ground_truth,
+    score_chair,
+)
+
+__all__ = [
+    "CONFIGURATIONS",
+    "CaptionRecord",
+    "ChairConfiguration",
+    "ChairScore",
+    "ChairSums",
+    "ChairWords",
+    "GroundTruth",
+    "Mention",
+    "caption_record",
+    "chair_configuration",
+    "chair_objects",
+    "chair_words",
+    "drop_unfinished_sentence",
+    "ground_truth",
+    "image_key",
+    "load_ground_truth",
+    "score_chair",
+]

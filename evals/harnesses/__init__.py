@@ -1,0 +1,1 @@
+"""Other harnesses: answer files that they made, and lmms-eval with recipes of ours."""

@@ -1,0 +1,21 @@
+"""MME: two questions an image. `scoring` has the rules, `benchmark` the runs."""
+
+from .scoring import (
+    SUBTASKS,
+    MmeAnswer,
+    MmeQuestion,
+    MmeScore,
+    load_mme,
+    load_mme_answers,
+    score_mme,
+)
+
+__all__ = [
+    "SUBTASKS",
+    "MmeAnswer",
+    "MmeQuestion",
+    "MmeScore",
+    "load_mme",
+    "load_mme_answers",
+    "score_mme",
+]
