@@ -74,7 +74,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "load_miniature": "evals.miniature",
     "evaluate": "evals.runner",
     "Results": "evals.results",
-    "import_answers": "evals.importer",
+    "import_answers": "evals.harnesses.importer",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 

@@ -1,19 +1,16 @@
-"""The command line: demo, bench, report, recipes, doctor.
+"""The command line: demo, bench, report, import, pope, recipes, doctor.
 
 Heavy imports are inside the commands, so that `regard --help` answers at once.
 """
 
 import shlex
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from .cli_answers import import_, pope_app, pope_build, pope_check
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+from .cli_output import reported, show, state
 
 app = typer.Typer(
     name="regard",
@@ -43,37 +40,6 @@ DeviceOption = Annotated[
 ]
 
 
-def _reported(command: Command) -> Command:
-    """Print what a user can mend as one short message, and leave with exit code 2."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        from .hooks.errors import RegardError
-
-        try:
-            return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _complain("stopped; what was finished is kept, and the same command goes on from there")
-            raise typer.Exit(130) from None
-        except (RegardError, ValueError, OSError) as error:
-            if _state["debug"]:
-                raise
-            _complain(" ".join(str(error).split()) or type(error).__name__)
-            raise typer.Exit(2) from None
-
-    return wrapper  # type: ignore[return-value]
-
-
-_state = {"debug": False}
-
-
-def _complain(message: str) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True).print(Text(message, style="red"), soft_wrap=True)
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         from . import __version__
@@ -89,11 +55,11 @@ def _options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    _state["debug"] = debug
+    state["debug"] = debug
 
 
 @app.command()
-@_reported
+@reported
 def demo(
     items: ItemsOption = 80,
     out: Annotated[
@@ -108,6 +74,8 @@ def demo(
     """
     import torch
 
+    from .evals.loading import load_model
+
     # The model is so small that threads mostly wait for each other, and on a busy machine they wait long.
     torch.set_num_threads(1)
     model, processor = load_model("miniature", "float32", "cpu")
@@ -117,7 +85,7 @@ def demo(
 
 
 @app.command()
-@_reported
+@reported
 def bench(
     benchmarks: Annotated[
         list[str],
@@ -209,6 +177,7 @@ def bench(
             raise ValueError(f"{drawn[0]} needs a diffusers pipeline and a run of its own: run it by itself")
         _bench_drawn(drawn[0], model, recipes, out, items, seed, batch_size, steps)
         return
+    from .evals.loading import load_model
     from .evals.protocol import settle
     from .evals.sources import find_sources
 
@@ -231,7 +200,7 @@ def _bench(
 
     command = shlex.join(["regard", *sys.argv[1:]])
     results = evaluate(model, processor, benchmarks, recipes, data, out=out, command=command, **options)
-    _show(results)
+    show(results)
 
 
 def _bench_drawn(
@@ -244,7 +213,7 @@ def _bench_drawn(
     batch_size: int,
     steps: int,
 ) -> None:
-    from .evals import consistency, subjects
+    from .evals.pictures import consistency, subjects
 
     if model == "miniature":
         from .evals.miniature import load_miniature
@@ -257,14 +226,14 @@ def _bench_drawn(
     pipe.set_progress_bar_config(disable=True)
     command = shlex.join(["regard", *sys.argv[1:]])
     if benchmark == "subjects":
-        _show(
+        show(
             subjects.evaluate_subjects(
                 pipe, None, recipes or subjects.RECIPES, out=out, items=items or 90, seed=seed,
                 batch_size=batch_size, steps=steps, command=command,
             )
         )  # fmt: skip
     else:
-        _show(
+        show(
             consistency.evaluate_consistency(
                 pipe, None, recipes or consistency.RECIPES, out=out, items=items or 40, seed=seed, steps=steps,
                 command=command,
@@ -272,22 +241,8 @@ def _bench_drawn(
         )  # fmt: skip
 
 
-def _show(results: Any) -> None:
-    """Print the tables; of several processes, the first does."""
-    from rich.console import Console
-
-    from .evals.processes import processes
-
-    if not processes().is_main_process:
-        return
-    console = Console()
-    for part in results.rich():
-        console.print(part)
-    console.print(f"Page: {results.page}", soft_wrap=True)
-
-
 @app.command()
-@_reported
+@reported
 def report(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs, finished or not.")],
     out: Annotated[
@@ -309,7 +264,7 @@ def report(
     if len(runs) == 1 and out is None:
         results: Any = load_drawn(runs[0]) or Results.load(runs[0])
         results.write()
-        _show(results)
+        show(results)
         return
     for run in runs:
         if load_drawn(run):
@@ -321,7 +276,7 @@ def report(
 
 
 @app.command()
-@_reported
+@reported
 def recipes(
     pattern: Annotated[str, typer.Argument(help="Shell pattern of names, such as 'v*'.")] = "*",
 ) -> None:
@@ -348,7 +303,7 @@ def recipes(
 
 
 @app.command()
-@_reported
+@reported
 def doctor(
     model: ModelOption = "miniature", dtype: DtypeOption = "auto", device: DeviceOption = None
 ) -> None:
@@ -358,6 +313,7 @@ def doctor(
     """
     from rich.console import Console
 
+    from .evals.loading import load_model
     from .hooks.doctor import doctor as examine
 
     found = examine(load_model(model, dtype, device)[0])
@@ -366,63 +322,10 @@ def doctor(
         raise typer.Exit(1)
 
 
-app.command("import")(_reported(import_))
+app.command("import")(reported(import_))
 app.add_typer(pope_app, name="pope")
-pope_app.command("build")(_reported(pope_build))
-pope_app.command("check")(_reported(pope_check))
-
-
-def _own_device() -> str:
-    """The GPU of this process among those that `accelerate launch` started, where there are GPUs."""
-    import torch
-
-    from .evals.processes import processes
-
-    state = processes()
-    if state.num_processes > 1:
-        return str(state.device)
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """The model (in eval mode) and processor of a name; safetensors only, and no code from the hub is run.
-
-    Raises:
-        ValueError: the dtype is unknown, or the model is not there.
-        OSError: the model cannot be read.
-    """
-    import torch
-    from transformers.utils import logging
-
-    from .evals.processes import processes
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    known = ("auto", "float32", "float16", "bfloat16")
-    if dtype not in known:
-        from .hooks.errors import UnknownName
-
-        raise UnknownName("dtype", dtype, known)
-    kind = "auto" if dtype == "auto" else getattr(torch, dtype)
-    place = device or _own_device()
-    if place == "auto" and processes().num_processes > 1:
-        raise ValueError("--device auto spreads one model over all GPUs: start one process, not several")
-    if name == "miniature":
-        from .evals.miniature import load_miniature
-
-        small, processor = load_miniature("lvlm")
-        small = small if dtype == "auto" else small.to(kind)
-        return small.to("cpu" if place == "auto" else place), processor
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    options: dict[str, Any] = {"dtype": kind, "use_safetensors": True, "trust_remote_code": False}
-    if place == "auto":
-        options["device_map"] = "auto"
-    model: Any = AutoModelForImageTextToText.from_pretrained(name, **options)
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    if place != "auto":
-        model.to(torch.device(place))
-    return model.eval(), processor
+pope_app.command("build")(reported(pope_build))
+pope_app.command("check")(reported(pope_check))
 
 
 def main() -> None:

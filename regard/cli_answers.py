@@ -56,7 +56,7 @@ def import_(
 
     Example: `regard import pope none=base.jsonl vhr=vhr.jsonl --data pope/coco --out runs/imported`
     """
-    from .cli import _show
+    from .cli_output import show
     from .evals.harnesses.importer import import_answers, parse_files
 
     results = import_answers(
@@ -64,7 +64,7 @@ def import_(
         chair=chair, drop_unfinished=drop_unfinished, allow_missing=allow_missing, allow_extra=allow_extra,
         by_order=by_order, command=shlex.join(["regard", *sys.argv[1:]]),
     )  # fmt: skip
-    _show(results)
+    show(results)
 
 
 def pope_build(

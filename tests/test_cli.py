@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from regard import cli
+from regard.evals.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,6 +134,6 @@ def test_load_model_from_a_folder(tmp_path):
     model, processor = regard.load_miniature("lvlm")
     model.save_pretrained(tmp_path / "m")
     processor.save_pretrained(tmp_path / "m")
-    again, _ = cli.load_model(str(tmp_path / "m"), "float32", "cpu")
+    again, _ = load_model(str(tmp_path / "m"), "float32", "cpu")
     assert type(again) is type(model)
     assert not again.training

@@ -143,7 +143,7 @@ class RegardModel(lmms):  # type: ignore[misc]
         super().__init__()
         from accelerate import Accelerator
 
-        from ...cli import load_model
+        from ..loading import load_model
 
         self.batch_size = _batch_size(batch_size)
         self.accelerator = Accelerator()

@@ -1,6 +1,9 @@
 """MME: two questions an image. `scoring` has the rules, `benchmark` the runs."""
 
 from .scoring import (
+    COGNITION,
+    HALLUCINATION,
+    PERCEPTION,
     SUBTASKS,
     MmeAnswer,
     MmeQuestion,
@@ -11,6 +14,9 @@ from .scoring import (
 )
 
 __all__ = [
+    "COGNITION",
+    "HALLUCINATION",
+    "PERCEPTION",
     "SUBTASKS",
     "MmeAnswer",
     "MmeQuestion",
