@@ -122,17 +122,9 @@ def evaluate(
         search=Search(temperature, num_beams, seed),
         scoring=asked,
     )
-    settings = fill_matchers(make_settings(recipes, model, processor), model, processor)
-    protocols.check_search(settings, protocol.search, batch_size)
-    if protocol.search.samples:
-        settings = with_controls(settings)
+    settings = _settings(recipes, model, processor, protocol, batch_size)
     state = processes()
-    temporary = None
-    if out is None:
-        if state.num_processes > 1:
-            raise EvalError(f"{state.num_processes} processes need a folder that they share: give out=")
-        temporary = tempfile.TemporaryDirectory(prefix="regard-run-")
-        out = temporary.name
+    place, temporary = _place(out, state)
     with tempfile.TemporaryDirectory(prefix="regard-data-") as scratch:
         dataset = load_data(data, benchmarks, items, seed, Path(scratch), protocol.scoring)
         settings = _prepare(settings, model, processor, dataset, protocol)
@@ -148,18 +140,39 @@ def evaluate(
             "sessions": [session(model, batch_size, command, state.num_processes)],
             **protocol.describe(processor, batch_size),
         }
-        folder = _open(Path(out), config, dataset, state)
+        folder = _open(place, config, dataset, state)
         try:
             _Runner(model, processor, folder, dataset, protocol, batch_size, state).run(settings, progress)
-            if not state.is_main_process:
-                state.wait_for_everyone()
-                return Results.load(out)
             results = build_results(folder, temporary)
-            results.write(dataset.files)
+            if state.is_main_process:
+                results.write(dataset.files)
         finally:
             folder.close()
         state.wait_for_everyone()
     return results
+
+
+def _settings(
+    recipes: Sequence[Recipe] | Mapping[str, Recipe] | str,
+    model: Any,
+    processor: Any,
+    protocol: Protocol,
+    batch_size: int,
+) -> list[Setting]:
+    """What is compared; where tokens are drawn, with the controls of contrastive recipes."""
+    settings = fill_matchers(make_settings(recipes, model, processor), model, processor)
+    protocols.check_search(settings, protocol.search, batch_size)
+    return with_controls(settings) if protocol.search.samples else settings
+
+
+def _place(out: str | Path | None, state: Any) -> tuple[Path, Any]:
+    """The run's folder, and what keeps it alive where it is a temporary one."""
+    if out is not None:
+        return Path(out), None
+    if state.num_processes > 1:
+        raise EvalError(f"{state.num_processes} processes need a folder that they share: give out=")
+    temporary = tempfile.TemporaryDirectory(prefix="regard-run-")
+    return Path(temporary.name), temporary
 
 
 def _open(out: Path, config: Mapping[str, Any], dataset: Dataset, state: Any) -> RunFolder:

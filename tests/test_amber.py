@@ -21,21 +21,9 @@ from regard.evals.amber import (
 from regard.evals.amber.benchmark import amber_scoring
 from regard.evals.amber.data import Amber
 from regard.evals.amber.words import noun_reader
-from regard.evals.chair import words
 from regard.evals.run_folder import EvalError
 
 Alike = Callable[[str, str], float]
-
-
-@pytest.fixture(scope="module")
-def nltk_here(shared_data: Path) -> Any:
-    nltk = pytest.importorskip("nltk")
-    folder = str(shared_data / "nltk_data")
-    nltk.data.path.insert(0, folder)
-    words._nltk_ready.cache_clear()
-    yield nltk
-    nltk.data.path.remove(folder)
-    words._nltk_ready.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,6 @@ import pytest
 
 from regard.evals.amber import words as amber_words
 from regard.evals.amber.words import noun_reader, similarity_named
-from regard.evals.chair import words
-
-
-@pytest.fixture(scope="module")
-def nltk_here(shared_data: Path) -> Any:
-    nltk = pytest.importorskip("nltk")
-    folder = str(shared_data / "nltk_data")
-    nltk.data.path.insert(0, folder)
-    words._nltk_ready.cache_clear()
-    yield nltk
-    nltk.data.path.remove(folder)
-    words._nltk_ready.cache_clear()
 
 
 @pytest.fixture(scope="module")

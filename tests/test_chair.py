@@ -46,17 +46,6 @@ TRUTHS = {"pattern": "pattern_singularize", "wordnet": "nltk_wordnet"}
 
 
 @pytest.fixture(scope="module")
-def nltk_here(shared_data: Path) -> Any:
-    nltk = pytest.importorskip("nltk")
-    folder = str(shared_data / "nltk_data")
-    nltk.data.path.insert(0, folder)
-    words._nltk_ready.cache_clear()
-    yield nltk
-    nltk.data.path.remove(folder)
-    words._nltk_ready.cache_clear()
-
-
-@pytest.fixture(scope="module")
 def truths(shared_data: Path) -> dict[str, GroundTruth]:
     folder = shared_data / "chair"
     return {

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 import regard
 from regard import cli
-from regard.evals.chair import words
 from regard.evals.harnesses.importer import import_answers, parse_files
 from regard.evals.pope import Question
 from regard.evals.run_folder import EvalError, RunFolderError
@@ -23,17 +22,6 @@ from regard.hooks.errors import UnknownName
 def asked(tmp_path: Path) -> dict[str, list[Question]]:
     """POPE on a few images, with question files in the data folder."""
     return ask(tmp_path / "data")
-
-
-@pytest.fixture
-def nltk_here(shared_data: Path) -> Any:
-    nltk = pytest.importorskip("nltk")
-    folder = str(shared_data / "nltk_data")
-    nltk.data.path.insert(0, folder)
-    words._nltk_ready.cache_clear()
-    yield nltk
-    nltk.data.path.remove(folder)
-    words._nltk_ready.cache_clear()
 
 
 # ------------------------------------------------------------------------------------- published figures

@@ -14,17 +14,6 @@ from regard.evals.chair import words as w
 from regard.evals.chair.pieces import Memo, lower
 
 
-@pytest.fixture(scope="module")
-def nltk_here(shared_data: Path) -> Any:
-    nltk = pytest.importorskip("nltk")
-    folder = str(shared_data / "nltk_data")
-    nltk.data.path.insert(0, folder)
-    w._nltk_ready.cache_clear()
-    yield nltk
-    nltk.data.path.remove(folder)
-    w._nltk_ready.cache_clear()
-
-
 def test_the_table_says_what_the_published_list_says(shared_data: Path) -> None:
     published: dict[str, str] = {}
     for line in (shared_data / "chair" / "synonyms.txt").read_text().strip().split("\n"):

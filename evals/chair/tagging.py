@@ -36,6 +36,7 @@ _PARTS = {
     "V": "v",
     "R": "r",
 }  # the first letter of a tag -> WordNet's part of speech; others are nouns
+_WINDOW = ("i-2", "i-1", "i", "i+1", "i+2")  # as the tagger's model names the places around a token
 _TIE = 1e-6  # the tagger's weights have three decimals
 
 
@@ -91,8 +92,9 @@ class NltkWords:
         self._forms: Memo[str, _Form] = Memo(self._form)
         self._pieces: Memo[str, _Piece] = Memo(self._piece)
         self._edges: Memo[tuple[str, bool, bool], Chunk] = Memo(self._edge)
-        self._normals: Memo[str, str] = Memo(self._normal)
-        self._weights: Memo[str, NDArray[np.float64] | None] = Memo(self._feature_weights)
+        self._weights: Memo[tuple[str, str | None, str | None], NDArray[np.float64]] = Memo(
+            self._feature_weights
+        )
 
     def reduce(self, caption: str) -> Reduced:
         """The words of a caption that may matter to CHAIR, in their reduced form."""
@@ -145,23 +147,26 @@ class NltkWords:
         matter = {token for token, form in forms.items() if form.choices or form.always in self._matters}
         return chunk_of(aligned(text, tokens), matter)
 
-    def _sentences(self, text: str, pieces: list[str]) -> tuple[list[str], list[int]]:
-        """The pieces between blanks, and which of them are the last of a sentence."""
-        lasts = []
-        for i, piece in enumerate(pieces):
-            ends = self._pieces[piece].ends
-            if ends is not False:
-                after = pieces[i + 1][0] if i + 1 < len(pieces) else ""
-                if ends is None or (after and after in _CLOSERS):  # closers may belong to the sentence before
-                    break
+    def _lasts(self, pieces: list[str], known: list[_Piece]) -> list[int] | None:
+        """Which pieces are the last of a sentence; None: Punkt has to be asked."""
+        final, lasts = len(pieces) - 1, []
+        for i in [i for i, piece in enumerate(known) if piece.ends is not False]:
+            if known[i].ends is None:
+                return None
+            if i < final:
+                if pieces[i + 1][0] in _CLOSERS:  # which may belong to the sentence before
+                    return None
                 lasts.append(i)
-        else:
-            return pieces, sorted({*lasts, len(pieces) - 1})
-        pieces, lasts = [], []
+        return [*lasts, final]
+
+    def _by_punkt(self, text: str) -> tuple[list[str], list[int]]:
+        """The pieces between blanks, and which of them are the last of a sentence."""
+        pieces: list[str] = []
+        lasts = set()
         for start, end in self._punkt.span_tokenize(text):
             pieces += text[start:end].split()
-            lasts.append(len(pieces) - 1)
-        return pieces, sorted(set(lasts))
+            lasts.add(len(pieces) - 1)
+        return pieces, sorted(lasts)
 
     def _split(self, text: str) -> tuple[list[str], list[Chunk]]:
         """The pieces of a text between blanks, and what they consist of."""
@@ -171,8 +176,12 @@ class NltkWords:
         blanks = len(text) - sum(map(len, pieces))
         if blanks > text.count(" ") and _ODD_BLANK.search(text):
             return self._whole(text)
-        pieces, lasts = self._sentences(text, pieces)
-        chunks = [self._pieces[piece].chunk for piece in pieces]
+        known = [self._pieces[piece] for piece in pieces]
+        lasts = self._lasts(pieces, known)
+        if lasts is None:
+            pieces, lasts = self._by_punkt(text)
+            known = [self._pieces[piece] for piece in pieces]
+        chunks = [piece.chunk for piece in known]
         first = 0
         for last in lasts:
             # The rule for a sentence's full stop looks past blanks.
@@ -204,15 +213,14 @@ class NltkWords:
 
     def _predict(self, window: list[str], before: str | None, before2: str | None) -> str:
         """The tag of the token in the middle of five, by the sum of its features' weights."""
-        context = [self._normals[token] for token in window]
-        features = self._tagger._get_features(0, window[2], context, before, before2)
-        scores = np.zeros(len(self._labels))
-        for feature in features:
-            weights = self._weights[feature]
-            if weights is not None:
-                scores += weights
+        weights, word = self._weights, window[2]
+        scores = weights["tags", before, before2] + weights["tag", before, word]
+        for place, token in zip(_WINDOW, window, strict=True):
+            scores += weights[place, token, None]
         best = int(scores.argmax())
         if np.count_nonzero(scores > scores[best] - _TIE) > 1:  # nltk's order of adding may decide
+            context = [self._normal(token) for token in window]
+            features = self._tagger._get_features(0, word, context, before, before2)
             tag: str = self._tagger.model.predict(features)[0]
             return tag
         return self._labels[best]
@@ -221,8 +229,20 @@ class NltkWords:
         ends = (*self._tagger.START, *self._tagger.END)
         return token if token in ends else str(self._tagger.normalize(token))
 
-    def _feature_weights(self, feature: str) -> NDArray[np.float64] | None:
-        given = self._tagger.model.weights.get(feature)
-        if given is None:
-            return None
-        return np.array([given.get(label, 0.0) for label in self._labels])
+    def _feature_weights(self, key: tuple[str, str | None, str | None]) -> NDArray[np.float64]:
+        """The weights by tag of what one token, or the tags before, tell the tagger: sums over features of its model."""
+        place, one, two = key
+        if place == "tags":
+            features = [f"i-1 tag {one}", f"i-2 tag {two}", f"i tag+i-2 tag {one} {two}"]
+        elif place == "tag":
+            features = [f"i-1 tag+i word {one} {self._normal(str(two))}"]
+        else:
+            token = str(one)
+            normal = self._normal(token)
+            features = [f"{place} word {normal}"]
+            if place == "i":
+                features += ["bias", f"i suffix {token[-3:]}", f"i pref1 {token[0]}"]
+            elif place in ("i-1", "i+1"):
+                features.append(f"{place} suffix {normal[-3:]}")
+        given = [self._tagger.model.weights.get(feature, {}) for feature in features]
+        return np.array([sum(weights.get(label, 0.0) for weights in given) for label in self._labels])
