@@ -153,6 +153,14 @@ class Benchmark(ABC):
         """A sentence or two on how answers are read."""
         return ""
 
+    def together(self, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+        """A sentence on a figure that takes in another benchmark of the run; "" where there is none.
+
+        Args:
+            metrics: {benchmark: {recipe: metrics}}, as in `metrics.json`.
+        """
+        return ""
+
     def plotted(self, data: Data) -> list[str]:
         """Keys of the scores whose change against the baseline is drawn."""
         return [score.key for score in self.scores(data) if score.main]

@@ -66,6 +66,8 @@ def test_amber(model, amber, tmp_path):
             assert ours["amber_g"][key]["value"] == pytest.approx(getattr(whole.generative, key))
         for key in ("accuracy", "precision", "recall", "f1"):
             assert ours["amber_d"][key]["value"] == pytest.approx(getattr(whole.discriminative["all"], key))
+        told = f"AMBER score, (100 - CHAIR + F1) / 2: {100 * whole.amber:.1f} (none)"
+        assert recipe != "none" or (told in found.table() and told in found.page.read_text())
     assert {item["prompt"].count("Describe this image.") for item in found.items("amber_g").values()} == {1}
     answers = [
         [item["answer"] for item in found.items("amber_g", r).values()] for r in found.config["recipes"]

@@ -16,6 +16,7 @@ from .scoring import (
     CAPTION_COLUMNS,
     QUESTION_COLUMNS,
     AmberCaption,
+    amber_score,
     caption_counts,
     parse_amber,
     question_counts,
@@ -94,6 +95,16 @@ class AmberGenerative(Benchmark):
             Score("cog", "Cog", _caption_share("likely_named", "likely"), better=-1),
             Score("length", "length, words", _caption_share("length", "captions"), better=0, percent=False),
         ]
+
+    def together(self, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+        """The AMBER score, of the recipes that did both tasks."""
+        found, other = metrics.get(self.name, {}), metrics.get(AmberDiscriminative.name, {})
+        scores = []
+        for recipe in (recipe for recipe in found if recipe in other):
+            chair, f1 = found[recipe]["scores"]["chair"]["value"], other[recipe]["scores"]["f1"]["value"]
+            if None not in (chair, f1):
+                scores.append(f"{100 * amber_score(chair, f1):.1f} ({recipe})")
+        return f"AMBER score, (100 - CHAIR + F1) / 2: {', '.join(scores)}." if scores else ""
 
     def plotted(self, data: Data) -> list[str]:
         """AMBER's four."""

@@ -1,7 +1,6 @@
 """Pieces of text between blanks: what each consists of, remembered, and where its words stand in the text."""
 
 from collections.abc import Callable, Container, Hashable, Sequence
-from itertools import accumulate
 from typing import Generic, NamedTuple, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -59,23 +58,12 @@ def chunk_of(tokens: Sequence[Word], matters: Container[str]) -> Chunk:
 
 def placed(text: str, pieces: Sequence[str], chunks: Sequence[Chunk]) -> Reduced:
     """The words of a text's pieces, with their places in the text."""
-    sizes = [len(chunk.tokens) for chunk in chunks]
-    ends = list(accumulate(map(len, pieces)))
-    single = bool(pieces) and len(text) == ends[-1] + len(pieces) - 1  # one blank between each two pieces
-    starts = None if single else _starts(text, pieces)
-    positions = list(accumulate(sizes, initial=0))
     words: list[Word] = []
-    for k in [k for k, chunk in enumerate(chunks) if chunk.words]:
-        at = starts[k] if starts else ends[k] - len(pieces[k]) + k
-        words += [
-            Word(word, at + start, at + end, positions[k] + i) for word, start, end, i in chunks[k].words
-        ]
-    return Reduced(words, positions[-1])
-
-
-def _starts(text: str, pieces: Sequence[str]) -> list[int]:
-    starts, at = [], 0
-    for piece in pieces:
-        starts.append(text.find(piece, at))
-        at = starts[-1] + len(piece)
-    return starts
+    at = position = 0
+    for piece, (tokens, found) in zip(pieces, chunks, strict=True):
+        at = text.find(piece, at)
+        for word, start, end, i in found:
+            words.append(Word(word, at + start, at + end, position + i))
+        position += len(tokens)
+        at += len(piece)
+    return Reduced(words, position)

@@ -230,7 +230,7 @@ class NltkWords:
         return token if token in ends else str(self._tagger.normalize(token))
 
     def _feature_weights(self, key: tuple[str, str | None, str | None]) -> NDArray[np.float64]:
-        """The weights by tag of what one token, or the tags before, tell the tagger: sums over features of its model."""
+        """By tag, what a token or the tags before it add: sums of weights of features of the tagger's model."""
         place, one, two = key
         if place == "tags":
             features = [f"i-1 tag {one}", f"i-2 tag {two}", f"i tag+i-2 tag {one} {two}"]

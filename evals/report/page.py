@@ -23,7 +23,7 @@ from .export import Export, csv_table, export, markdown_table, write_tables
 from .items import PageItems, script_text
 from .pictures import keep_pictures
 from .setup import engine_reports, runs_table, setup
-from .tables import HOLM, corrected, listing, named, number, thousands, verdict
+from .tables import HOLM, corrected, joint, listing, named, number, thousands, verdict
 
 
 def write_report(
@@ -96,7 +96,7 @@ def headline(results: Results) -> list[str]:
             scores = {score.key: score for score in results.scores(benchmark)}
             for key in BENCHMARKS[benchmark].headline:
                 sentences.append(_change_sentence(benchmark, scores[key], recipes))
-    return sentences
+    return [*sentences, *joint(results)]
 
 
 def _change_sentence(benchmark: str, score: Score, recipes: Mapping[str, Any]) -> str:

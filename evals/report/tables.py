@@ -113,6 +113,12 @@ def power_lines(results: "Results", benchmark: str) -> list[str]:
     return [line for line in lines if line]
 
 
+def joint(results: "Results") -> list[str]:
+    """Sentences on figures that take in several benchmarks of the run."""
+    lines = [BENCHMARKS[benchmark].together(results.metrics) for benchmark in results.metrics]
+    return [line for line in lines if line]
+
+
 def named(benchmark: str, score: Score) -> str:
     """A score with its benchmark's name, where it does not begin with that."""
     title = BENCHMARKS[benchmark].title
@@ -161,6 +167,7 @@ def tables(results: "Results", full: bool = False) -> list[Any]:
         parts += [Text(f"  {recipe}: {facts(found, benchmark)}") for recipe, found in recipes.items()]
         parts += [Text(f"  {line}", style="dim") for line in power_lines(results, benchmark)]
         parts.append(Text(""))
+    parts += [Text(line) for line in joint(results)]
     for part, (done, total) in results.unfinished.items():
         parts.append(Text(f"not finished: {part}, {done} of {total} items", style="yellow"))
     parts.append(Text(READING.format(holm=HOLM[corrected(results.metrics)]), style="dim"))
