@@ -231,12 +231,16 @@ def test_wordnet_words_are_those_of_the_plain_pipeline(nltk_here: Any, real_capt
     assert len(real_captions) > 700
     closers = ['two dogs. " a cat', "two dogs! '' a cat", "two dogs. ) a cat", 'two dogs. " )']
     for caption in [*real_captions, *closers, *_odd_captions(real_captions, 1500)]:
-        found = [(m.word, m.node, m.position) for m in chair_objects(caption, "wordnet")]
+        mentions = chair_objects(caption, "wordnet")
+        found = [(m.word, m.node, m.position) for m in mentions]
         length = w.merge_pairs(w.chair_words("wordnet").reduce(caption)).tokens
         assert (length, found) == plain(caption), caption
         _, chunks = w._nltk_words()._split(lower(caption))
         tokens = [token for chunk in chunks for token in chunk.tokens]
         assert tokens == plain.tokenize(lower(caption)), caption
+        marked = [lower(caption)[m.start : m.end] for m in mentions]
+        for text, mention in zip(marked, mentions, strict=True):
+            assert text.split()[0] == tokens[mention.position], caption
 
 
 def test_a_tie_of_tags_is_nltks_to_break(nltk_here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
