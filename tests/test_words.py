@@ -229,7 +229,13 @@ def real_captions(shared_data: Path) -> list[str]:
 def test_wordnet_words_are_those_of_the_plain_pipeline(nltk_here: Any, real_captions: list[str]) -> None:
     plain = PlainPipeline()
     assert len(real_captions) > 700
-    closers = ['two dogs. " a cat', "two dogs! '' a cat", "two dogs. ) a cat", 'two dogs. " )']
+    closers = [
+        'two dogs. " a cat',
+        "two dogs! '' a cat",
+        "two dogs. ) a cat",
+        'two dogs. " )',
+        "dogs.; two  cats ",
+    ]
     for caption in [*real_captions, *closers, *_odd_captions(real_captions, 1500)]:
         mentions = chair_objects(caption, "wordnet")
         found = [(m.word, m.node, m.position) for m in mentions]
