@@ -201,7 +201,7 @@ def main() -> None:
     show(found)
     if given.out:
         facts: dict[str, Any] = {
-            "command": f"python benchmarks/scoring.py --n {given.n} --sample {given.sample}"
+            "command": f"python benchmarks/scoring.py --captions FOLDER --n {given.n} --sample {given.sample}"
         }
         facts |= {"machine": f"{platform.machine()}, one thread, process time, shared machine"}
         facts |= {"python": platform.python_version()}
