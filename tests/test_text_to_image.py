@@ -47,7 +47,7 @@ def test_the_judge_sees_what_was_drawn(judge: Any) -> None:
 def test_single_subjects_are_right_and_pairs_are_not(pipe: Any, judge: Any) -> None:
     shares = []
     for count in (1, 2):
-        work = prompts(count, 30, seed=5)
+        work = prompts(count, 20, seed=5)
         images = pipe(
             [item["prompt"] for item in work], num_inference_steps=15, guidance_scale=7.5,
             generator=torch.Generator().manual_seed(0),
