@@ -2,11 +2,11 @@
 
     config.json                     what was asked for, with which versions, prompts and recipes
     data/<benchmark>.json           what was asked, and what scores it
-    data/images/                    small copies of the images that the page shows
+    data/images/                    small copies of the images for the page; "/" in a name is "__"
     items/<benchmark>-<recipe>.jsonl
     items/rank-<n>/...              what process n of several has done; joined to the above when all have finished
     reports/<benchmark>-<recipe>.json   what the engine did
-    metrics.json   report.html
+    metrics.json   report.html      tables/<benchmark>.csv, .md
 
 Lines are appended as soon as a batch is done. A line that was cut off when the process was killed is dropped
 when the folder is opened again, and its item is done again; no finished line is ever rewritten.

@@ -164,7 +164,8 @@ def tables(results: "Results", full: bool = False) -> list[Any]:
         parts.append(_table(title, recipes, [s for s in results.scores(benchmark) if full or s.main]))
         if first["tokens"] is not None:
             parts.append(_costs(recipes))
-        parts += [Text(f"  {recipe}: {facts(found, benchmark)}") for recipe, found in recipes.items()]
+        told = {recipe: facts(found, benchmark) for recipe, found in recipes.items()}
+        parts += [Text(f"  {recipe}: {text}") for recipe, text in told.items() if text]
         parts += [Text(f"  {line}", style="dim") for line in power_lines(results, benchmark)]
         parts.append(Text(""))
     parts += [Text(line) for line in joint(results)]
