@@ -32,7 +32,7 @@ install-dev: $(VENV)/.installed-dev
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
+	$(PIP) --no-deps $(TORCH)  # its own needs come with the rest, from the usual index
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
