@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -144,6 +144,10 @@ class Benchmark(ABC):
             UnknownName, EvalError: a name that nobody knows, or what it needs is not installed.
         """
         return {}
+
+    def keep(self, data: Data, ids: Collection[str]) -> Data | None:
+        """The part of the data with these item ids; None where an image's items cannot be parted."""
+        return None
 
     def describe(self, data: Data) -> dict[str, Any]:
         """What identifies the items beside their number and images, for `config.json`."""

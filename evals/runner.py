@@ -95,8 +95,8 @@ def evaluate(
             "\\nAnswer the question using a single word or phrase." as LLaVA does.
         caption_prompt: what CHAIR asks for.
         template: the prompt with `{question}` in it; None uses the processor's chat template.
-        parser: how POPE's answers are read as yes or no: one of `pope.PARSERS`.
-        chair: how CHAIR reads words, a name of `words.CONFIGURATIONS`; None takes "regard" for the miniature, and
+        parser: how POPE's answers are read as yes or no: one of `answers.PARSERS`.
+        chair: how CHAIR reads words, a name of `chair.CONFIGURATIONS`; None takes "regard" for the miniature, and
             else the published "wordnet" where nltk and its data are installed.
         drop_unfinished: for CHAIR, leave out a last sentence that the token limit cut off.
         scoring: further choices by name: "amber_words", "similarity", "amber_parser", "mme_parser".

@@ -1,7 +1,7 @@
 """The scores of POPE and CHAIR as functions of summed counts, and their intervals and paired tests.
 
-`pope.py` and `chair.py` hold the published definitions; here the same figures are written as functions of
-sums over items, which is what the statistics need. Tests hold the two against each other.
+`pope/scoring.py` and `chair/scoring.py` hold the published definitions; here the same figures are written as
+functions of sums over items, which is what the statistics need. Tests hold the two against each other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -66,7 +66,7 @@ class Counted:
 
 
 def ratio(above: Array, below: Array) -> Array:
-    """Division where x / 0 is 0, as `pope.py` and `chair.py` have it where the published code would fail."""
+    """Division where x / 0 is 0, as `pope` and `chair` have it where the published code would fail."""
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 

@@ -1,4 +1,4 @@
-"""AMBER's two tasks as benchmarks of a run; the published rules are in `amber.py`."""
+"""AMBER's two tasks as benchmarks of a run; the published rules are in `scoring.py`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict

@@ -3,7 +3,7 @@
 Wang et al., "AMBER: An LLM-free Multi-dimensional Benchmark for MLLMs Hallucination Evaluation", arXiv 2311.07397.
 Reference: https://github.com/junyangwang0410/AMBER/blob/534babf6/inference.py
 
-**Descriptions.** Nouns of the caption that `relation.json` lists are kept, with repeats (see `amber_words.py`).
+**Descriptions.** Nouns of the caption that `relation.json` lists are kept, with repeats (see `words.py`).
 A kept noun is right when it is an annotated object or stands for one, or is one of nine safe words, which are
 counted but never judged (nor do they cover an object). Else a near-synonym of such a word saves it (spaCy vectors,
 cosine above 0.8). Then
@@ -286,8 +286,8 @@ def score_amber(
     Args:
         answers: id -> caption (ids of images) or answer (ids of questions).
         amber: the annotations, see `load_amber`.
-        words: how nouns are found, see `amber_words.noun_reader`.
-        similarity: a name, see `amber_words.similarity_named`, or a function of two nouns.
+        words: how nouns are found, see `words.noun_reader`.
+        similarity: a name, see `words.similarity_named`, or a function of two nouns.
         parser: see `parse_amber`.
         variant: "paper", or "released" for the sums and rounding of the reference's script.
 

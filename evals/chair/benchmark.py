@@ -1,4 +1,4 @@
-"""CHAIR as a benchmark of a run; the published rules are in `chair.py` and `words.py`."""
+"""CHAIR as a benchmark of a run; the published rules are in `scoring.py` and `words.py`."""
 
 from collections.abc import Mapping
 from typing import Any

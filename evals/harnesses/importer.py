@@ -9,11 +9,11 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, TypeAlias
 
 from ..benchmark import Benchmark, Data, Item, Request
 from ..benchmarks import BENCHMARKS
@@ -28,17 +28,7 @@ from .captioned import by_truth, renamed
 from .pairing import Paired, check_whole, pair
 
 Files: TypeAlias = str | Path | Sequence[str | Path]
-
-
 _PARSER_CHOICES = ("parser", "mme_parser", "amber_parser")
-
-
-@runtime_checkable
-class _Divisible(Protocol):
-    """A benchmark that can leave out single items; of others, images with all their items are kept or left out."""
-
-    def keep(self, data: Data, ids: Collection[str]) -> Data:
-        """The part of the data with these item ids."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def import_answers(
         images: folder of images for the page, where it is not the data folder.
         parser: how yes/no answers are read: one of `answers.PARSERS`, or for amber_d of `amber.AMBER_PARSERS`; None is
             the benchmark's own.
-        chair: how CHAIR reads words: a name of `words.CONFIGURATIONS`. A file of ground truth brings its own.
+        chair: how CHAIR reads words: a name of `chair.CONFIGURATIONS`. A file of ground truth brings its own.
         drop_unfinished, scoring: as for `evaluate`.
         allow_missing: score the items that all files answer.
         allow_extra: leave aside answers to other questions.
@@ -271,8 +261,8 @@ def _common(asked: _Asked, data: Data, items: Sequence[Item], paired: Mapping[st
     answered = set.intersection(*(set(found.answers) for found in paired.values()))
     if not answered:
         raise DataError(f"no item is answered in all of {', '.join(paired)}")
-    if isinstance(asked.kind, _Divisible):
-        return asked.kind.keep(data, answered)
+    if (kept := asked.kind.keep(data, answered)) is not None:
+        return kept
     torn = {item.image for item in items if item.id not in answered}
     whole = list(dict.fromkeys(item.image for item in items if item.image not in torn))
     if not whole:

@@ -1,4 +1,4 @@
-"""MME, whole and its hallucination subset, as benchmarks of a run; the published rules are in `mme.py`."""
+"""MME, whole and its hallucination subset, as benchmarks of a run; the published rules are in `scoring.py`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict

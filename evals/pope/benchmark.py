@@ -1,4 +1,4 @@
-"""POPE as a benchmark of a run; the published rules are in `pope.py` and `pope_questions.py`."""
+"""POPE as a benchmark of a run; the published rules are in `scoring.py` and `questions.py`."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -59,7 +59,7 @@ class Pope(Benchmark):
             for row in rows
         ]
 
-    def keep(self, data: Data, ids: Collection[str]) -> Data:
+    def keep(self, data: Data, ids: Collection[str]) -> Data | None:
         """The questions with these item ids; a split that loses all of its own goes too."""
         kept = {
             split: [row for row in rows if f"{split}/{row['question_id']}" in ids]

@@ -1,6 +1,6 @@
 """POPE questions for any data set in COCO's format, as files of the published form; and what a folder of them holds.
 
-The rules are those of POPE's `utils.py` (AoiDragon/POPE 08d957b9; arXiv 2305.10355), see `pope_questions.build_pope`.
+The rules are those of POPE's `utils.py` (AoiDragon/POPE 08d957b9; arXiv 2305.10355), see `questions.build_pope`.
 The published files cannot be made again by its authors' code, which sets no seed; these can.
 
 Which objects are in an image: for COCO's own 80 categories, its annotated instances and what its reference captions
@@ -134,7 +134,7 @@ def write_pope(
         images: how many to draw of those that have enough objects.
         seed: of that draw, and of the random negatives.
         per_image: objects asked for that are there, and as many that are not; published files have 3.
-        chair: how reference captions are read: a name of `words.CONFIGURATIONS`; None takes what is installed.
+        chair: how reference captions are read: a name of `chair.CONFIGURATIONS`; None takes what is installed.
 
     Raises:
         DataError: annotations are missing or cannot be used.

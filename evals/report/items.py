@@ -9,7 +9,7 @@ from ..benchmark import Item, View
 from ..benchmarks import BENCHMARKS
 from ..results import Results
 from ..run_folder import Record
-from .pictures import PAGE_BYTES, Pictures, shown_file
+from .pictures import PAGE_BYTES, Pictures, kept_file
 from .plots import style
 
 TEXT_BYTES = PAGE_BYTES // 2
@@ -98,7 +98,7 @@ class PageItems:
             for place, results in enumerate(runs):
                 for image, number in self._images[place].items():
                     if (image in self._first[place]) is first:
-                        numbers[place][number] = self.pictures.add(shown_file(results.path, image))
+                        numbers[place][number] = self.pictures.add(kept_file(results.path, image))
         return numbers
 
     @property

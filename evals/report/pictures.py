@@ -24,12 +24,6 @@ def kept_file(run: Path, name: str) -> Path:
     return run / "data" / "images" / f"{flat}{ending}"
 
 
-def shown_file(run: Path, name: str) -> Path:
-    """The copy that is there: runs of older versions kept a few, in their own format."""
-    kept = kept_file(run, name)
-    return kept if kept.is_file() or "/" in name else run / "data" / "images" / name
-
-
 def keep_pictures(run: Path, names: Iterable[str], files: Mapping[str, Path]) -> None:
     """Copy the images that are not there yet, small, into the folder of the run.
 
