@@ -190,8 +190,8 @@ def _tail(
     last.scale, last.first = call.scale, first
     if causal and last.query.shape[2] > 1:
         mask = _causal(call)[None, None, first:]
-    biased = _biased(entries, last, mask, False)
-    return sdpa_attention_forward(module, last.query, last.key, value, biased, **kwargs)[0]
+    call.tail = _biased(entries, last, mask, False)
+    return sdpa_attention_forward(module, last.query, last.key, value, call.tail, **kwargs)[0]
 
 
 def _allowed(entries: list[Entry[Mask]], call: Call, mask: Tensor | None, causal: bool) -> Tensor | None:

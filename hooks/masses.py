@@ -117,6 +117,57 @@ def reweighted(entries: list[Entry[MassPolicy]], forward: Forward) -> Tensor | N
     return torch.cat([out[:, :first], tail], 1)
 
 
+def newest_probs(call: Call) -> Tensor:
+    """What each sample's newest row pays attention to, after every edit of this layer's attention.
+
+    For a `HeadGain`'s function, which is asked when the other edits have acted. Head gains do not change probs.
+
+    Returns:
+        (B, H, K) in fp32 or wider. A row sums to 1, but for mass that a policy gives or takes; it is zero where it
+        sees nothing.
+    """
+    last = call.session.newest
+    scores = Call(call.session, call.layer, call.cross, _at(call.query, last, 2), call.key)
+    scores.scale = call.scale
+    row = scores.scores()[:, :, 0]
+    mask = call.mask if call.tail is None else call.tail
+    if mask is not None:
+        row = row + additive(_at(mask, last, 2)[:, :, 0], row.dtype)
+    elif call.causal:
+        end = call.query.shape[2] - 1 if last is None else last[:, None, None].to(row.device)
+        row = row.masked_fill(torch.arange(row.shape[2], device=row.device) > end, -torch.inf)
+    unseen = row.amax(-1, keepdim=True) <= torch.finfo(call.query.dtype).min
+    probs = row.masked_fill(unseen, 0).softmax(-1).masked_fill(unseen, 0)
+    plan = call.session.plan.layers[call.layer]
+    acting = [entry for entry in plan.policies if _groups(entry, call) is not None]
+    if not acting:
+        return probs
+    offered = tuple(Offered(entry.edit.policy, _newest_offered(entry.edit, call)) for entry in acting)
+    groups, of = _together(acting, call)
+    member = groups.member.to(probs)
+    return probs * (InTurn(offered, of)(probs[:, :, None] @ member) @ member.transpose(2, 3))[:, :, 0]
+
+
+def _at(values: Tensor, rows: Tensor | None, dim: int) -> Tensor:
+    """One row of each sample, kept as a dimension: rows (B,) or None for the last; a single row serves all."""
+    if rows is None or values.shape[dim] == 1:
+        return values.narrow(dim, values.shape[dim] - 1, 1)
+    place = rows.to(values.device).view(-1, *[1] * (values.ndim - 1))
+    return torch.take_along_dim(values, place, dim)
+
+
+def _newest_offered(edit: MassPolicy, call: Call) -> Tensor:
+    """Whether the newest row of each sample is one that a policy edits, (B, 1) bool."""
+    start, rows = _rows(edit, call)
+    batch, count, last = call.query.shape[0], call.query.shape[2], call.session.newest
+    place = torch.full((batch,), count - 1) if last is None else last.cpu()
+    within = (place >= start).to(call.query.device)
+    if rows is not None and rows.shape[1]:
+        own = (place - start).clamp_min(0).to(rows.device)
+        within = within & rows[torch.arange(batch, device=rows.device), own]
+    return within[:, None]
+
+
 def _from(first: int, start: int, rows: Tensor | None, call: Call) -> Tensor | None:
     """The rows of one policy counted from the first that any policy edits: (B, R) bool, None for all."""
     if rows is None and start == first:

@@ -174,12 +174,13 @@ class Call:
 
     `query` (B, H, Q, D) and `key` (B, H_kv, K, D) are after rotary embedding; `output` (B, Q, H, D) is
     set for `HeadGain` only, and so are `mask`, what hides keys after the edits before it (bool or added; None is
-    no mask), and `causal`, whether row i sees the keys up to i without one. A `Bias` of the newest rows gets
-    these rows only: Q counts from row `first`.
+    no mask), `tail`, the mask of the newest rows where it is another, and `causal`, whether row i sees the keys up
+    to i without a mask. A `Bias` of the newest rows gets these rows only: Q counts from row `first`.
     """
 
     __slots__ = (
         *("causal", "cross", "first", "key", "layer", "mask", "output", "owner", "query", "scale", "session"),
+        "tail",
     )
 
     def __init__(self, session: Session, layer: int, cross: bool, query: Tensor, key: Tensor) -> None:
@@ -187,6 +188,7 @@ class Call:
         self.query, self.key = query, key
         self.output: Tensor | None = None
         self.mask: Tensor | None = None
+        self.tail: Tensor | None = None
         self.causal = False
         self.owner = 0  # the contribution whose edit is asked
         self.first = 0

@@ -3,6 +3,7 @@
 from .agla import AGLA
 from .astar import ASTAR
 from .attend_excite import AttendExcite
+from .attention import Attention, attention
 from .daam import WordHeat, word_heat
 from .damro import DAMRO
 from .divergence import Divergence, divergence
@@ -41,6 +42,7 @@ __all__ = [
     "VCD",
     "VHR",
     "AttendExcite",
+    "Attention",
     "AttentionMatcher",
     "BlipMatcher",
     "Divergence",
@@ -58,6 +60,7 @@ __all__ = [
     "SinkDimensions",
     "WordHeat",
     "apply",
+    "attention",
     "divergence",
     "object_maps",
     "recipe",

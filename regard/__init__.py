@@ -17,6 +17,7 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "recipe": "interventions",
     "recipes": "interventions",
     "divergence": "interventions",
+    "attention": "interventions",
     "object_maps": "interventions",
     "sink_dimensions": "interventions",
     "ASTAR": "interventions",
@@ -128,6 +129,7 @@ if TYPE_CHECKING:
     from .interventions import Null as Null
     from .interventions import Plausible as Plausible
     from .interventions import apply as apply
+    from .interventions import attention as attention
     from .interventions import divergence as divergence
     from .interventions import object_maps as object_maps
     from .interventions import recipe as recipe
