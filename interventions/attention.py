@@ -31,12 +31,12 @@ class Attention:
     """Attention of one prompt's newest rows: N = T rows, or 1 where nothing was generated. fp32 (fp64 of fp64).
 
     Attributes:
-        tokens: (T,) generated tokens. Row t of all else is the row that chose token t: for t = 0 the last of the prompt.
+        tokens: (T,) generated tokens. Row t of all else is the row that chose token t: for t = 0 the prompt's last.
         layers: L decoder blocks.
         maps: for each image of the prompt (N, L, h, w), probs of its tokens, the mean over the heads.
         groups: G names: prompt, image and answer, with the sinks of text and image apart where the sink dimensions of
-            the base model are known or given, else with the first token apart. Image tokens that are no places of the
-            whole image (newlines, further tiles) count as image here and are not in `maps`.
+            the base model are known or given, else with the first token of the text apart. Image tokens that are no
+            places of the whole image (newlines, further tiles) count as image here and are not in `maps`.
         masses: (N, L, H, G) probs summed over each group. Their sum is 1, but for mass that a recipe gives or takes.
         sinks: for each image (L, h, w) bool, the sinks by VAR's definition (arXiv 2503.03321); None where unknown.
     """
@@ -151,9 +151,13 @@ class _Reader:
                 "attention is read by the places of tokens, and a recipe on this model has tokens leave the decoder: "
                 "take it off, or read the baseline with run.off()"
             )
+        if session.seen + session.rows < session.prompt:
+            return  # a chunk of the prompt that ends before its last row
         probs = newest_probs(call)[0]
         keys, total = probs.shape[1], session.seen + session.rows
-        probs = torch.nn.functional.pad(probs, (max(0, total - keys), 0))[:, :total]  # a sliding window forgets
+        probs = torch.nn.functional.pad(probs, (max(0, total - keys), 0))[
+            :, :total
+        ]  # a sliding window forgets
         self._rows[call.layer].append(probs[:, : session.prompt].mean(0))
         group = self._group(call)
         group = torch.nn.functional.pad(group, (0, total - len(group)), value=len(self.groups) - 1)
@@ -169,8 +173,8 @@ class _Reader:
             sinks = session.hidden[SINKS, call.layer]
             sink = next(reversed(sinks.values()))[0].to(image.device)
             return torch.where(sink, torch.where(image, place["image sink"], place["text sink"]), groups)
-        real = torch.ones_like(image) if session.padding is None else ~session.padding[0].to(image.device)
-        groups[real.long().argmax()] = place["first token"]
+        text = ~image if session.padding is None else ~(image | session.padding[0].to(image.device))
+        groups[text.long().argmax()] = place["first token"]
         return groups
 
     def result(
@@ -189,7 +193,12 @@ class _Reader:
             if sinks is not None:
                 found.append(sinks.cpu()[:, places].unflatten(1, patch.grid))
         return Attention(
-            tokens.cpu(), self.layers, tuple(maps), self.groups, masses[:count], tuple(found) if self.finder else None
+            tokens.cpu(),
+            self.layers,
+            tuple(maps),
+            self.groups,
+            masses[:count],
+            tuple(found) if self.finder else None,
         )
 
 
@@ -197,9 +206,13 @@ def _check(inputs: Mapping[str, Any], max_new_tokens: int, output: Tensor | None
     """The tokens (T,) that the model is made to generate, or None."""
     ids = inputs.get("input_ids")
     if ids is None:
-        raise CannotEdit("the prompt came without input_ids, so its image tokens cannot be found: pass input_ids")
+        raise CannotEdit(
+            "the prompt came without input_ids, so its image tokens cannot be found: pass input_ids"
+        )
     if len(ids) != 1:
-        raise ValueError(f"attention is read one prompt at a time, but input_ids has the shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"attention is read one prompt at a time, but input_ids has the shape {tuple(ids.shape)}"
+        )
     if max_new_tokens < 0 or (max_new_tokens and output is not None):
         raise ValueError(
             f"give either output or max_new_tokens from 0 up, got max_new_tokens={max_new_tokens}"
