@@ -9,6 +9,7 @@ from ..benchmark import Item, View
 from ..benchmarks import BENCHMARKS
 from ..results import Results
 from ..run_folder import Record
+from .file import script_text
 from .pictures import PAGE_BYTES, Pictures, kept_file
 from .plots import style
 
@@ -265,11 +266,6 @@ def marked(text: str, marks: Iterable[tuple[int, int, bool, str]]) -> list[tuple
         pieces += [(text[place:start], "", ""), (text[start:end], "right" if right else "wrong", thing)]
         place = end
     return [*pieces, (text[place:], "", "")]
-
-
-def script_text(text: str) -> str:
-    """JSON that can stand in a script element: no `<`, so that nothing ends it or opens a comment."""
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _read(view: View) -> tuple[bool, frozenset[str]]:

@@ -4,23 +4,19 @@ The page asks nothing of the network, and its content security policy makes sure
 script; the browser of the items and the buttons that save tables do.
 """
 
-import base64
-import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..benchmarks import BENCHMARKS
 from ..results import MINIATURE_NOTE, Results
-from ..run_folder import RunFolderError
 from ..scores import Score
 from ..settings import BASELINE
 from .blocks import block, comparison
 from .export import Export, csv_table, export, markdown_table, write_tables
-from .items import PageItems, script_text
+from .file import policy, script_text, template, write_page
+from .items import PageItems
 from .pictures import keep_pictures
 from .setup import engine_reports, runs_table, setup
 from .tables import HOLM, corrected, joint, listing, named, number, thousands, verdict
@@ -67,13 +63,13 @@ def write_report(
         write_tables(first, list(exports.values()))
         first.folder.write_text("report.html", text)
         return first.page
-    return _write(Path(out), text)
+    return write_page(Path(out), text)
 
 
 def html_tables(results: Results) -> str:
     """The tables alone, for a notebook."""
     blocks = [block(results, benchmark, place=None) for benchmark in results.metrics]
-    return _template("tables.html.j2").render(
+    return template("tables.html.j2").render(
         blocks=blocks, note=MINIATURE_NOTE if results.miniature else None
     )
 
@@ -142,12 +138,10 @@ def _page(runs: Mapping[str, Results], exports: dict[str, Export]) -> str:
     items = PageItems(runs, series)
     here = Path(__file__).resolve().parent
     scripts = [(here / name).read_text(encoding="utf-8").strip() for name in ("page.js", "browser.js")]
-    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
     texts = {key: found._asdict() for key, found in exports.items()}
     blocks = [("exports", script_text(json.dumps(texts, ensure_ascii=False))), *items.scripts()]
     metrics = [results.metrics for results in runs.values()]
-    text: str = _template("report.html.j2").render(
+    text: str = template("report.html.j2").render(
         title=_title(runs),
         headline=[] if several else headline(*runs.values()),
         note=MINIATURE_NOTE if any(results.miniature for results in runs.values()) else None,
@@ -157,8 +151,7 @@ def _page(runs: Mapping[str, Results], exports: dict[str, Export]) -> str:
         series=series,
         holm=HOLM[all(map(corrected, metrics))],
         items=items,
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}; "
-        "base-uri 'none'; form-action 'none'",
+        policy=policy(scripts),
         scripts=scripts,
         data=blocks,
     )
@@ -182,29 +175,3 @@ def _title(runs: Mapping[str, Results]) -> str:
     models = dict.fromkeys(results.config["model_name"] for results in runs.values())
     where = next(iter(models)) if len(models) == 1 else f"{len(models)} models"
     return f"{' and '.join(titles)} on {where}{f', {len(runs)} runs' if len(runs) > 1 else ''}"
-
-
-def _write(out: Path, text: str) -> Path:
-    """Replace a file in one step."""
-    if out.is_dir():
-        raise RunFolderError(f"{out} is a folder: give the name of a file, such as {out / 'comparison.html'}")
-    part = out.with_name(f"{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out)
-    except OSError as error:
-        raise RunFolderError(f"{out} cannot be written ({error.strerror or error})") from error
-    return out
-
-
-@cache
-def _environment() -> Any:
-    from jinja2 import Environment, FileSystemLoader
-
-    loader = FileSystemLoader(Path(__file__).resolve().parent)
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-
-
-def _template(name: str) -> Any:
-    return _environment().get_template(name)
