@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job on the embedded model
 # make test   install into .venv and run linters, types and tests
+# make docs   build the documentation into build/site; make docs-serve shows it while you write
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,8 +10,9 @@ CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --retries 2
 TORCH ?= torch==2.13.0 $(if $(shell command -v nvidia-smi),,$(CPU_TORCH))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EDITABLE := --config-settings editable_mode=compat
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test lint format install install-dev clean
+.PHONY: demo test lint format docs docs-serve install install-dev clean
 
 demo: install
 	$(BIN)/regard demo
@@ -26,6 +28,12 @@ lint: install-dev
 format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install-dev
+	$(MKDOCS) build --strict
+
+docs-serve: install-dev
+	$(MKDOCS) serve
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

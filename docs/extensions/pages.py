@@ -1,0 +1,28 @@
+"""Hooks of the site: equations become MathML when it is built, and the command line's page is made of its help."""
+
+import html
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.plugins import get_plugin_logger
+
+LOG = get_plugin_logger("equations")
+EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
+    """Equations of one page, as arithmatex leaves them, to MathML; what cannot be read is a warning."""
+
+    def mathml(found: re.Match[str]) -> str:
+        block, latex = found[1] == "div", html.unescape(found[2]).strip()
+        try:
+            made = convert(latex, display="block" if block else "inline")
+        except Exception as error:
+            LOG.warning("%s: %r cannot be read: %r", page.file.src_uri, latex, error)
+            return found[0]
+        if "\\" in html.unescape(made):  # a command that is unknown is passed on as it is
+            LOG.warning("%s: %r has an unknown command", page.file.src_uri, latex)
+        return f'<div class="equation">{made}</div>' if block else made
+
+    return EQUATION.sub(mathml, content)
