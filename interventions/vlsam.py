@@ -34,7 +34,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from ..hooks.errors import CannotEdit, NoObjectWords
 from ..hooks.run import Run
 from ..hooks.session import Call
 from ..kernels.maps import attention_flow, head_weights, layer_map
+from .spoken import spans
 from .vlsam_grid import Patch, image_patches
 from .vlsam_points import ObjectMask, Points, masks, points, seen_box, suppressed
 
@@ -262,7 +262,7 @@ def _mentions(
     found, texts = [], []
     for sample, row in enumerate(searched):
         places = row.nonzero()[:, 0].tolist()
-        text, spans = _spans(ids[sample, places].tolist(), tokenizer)
+        text, spans = spans(ids[sample, places].tolist(), tokenizer)
         texts.append(text)
         for word in dict.fromkeys(word.strip() for word in words if word.strip()):
             for hit in re.finditer(rf"(?<!\w){re.escape(word)}(?:s|es)?(?!\w)", text, re.IGNORECASE):
@@ -280,18 +280,6 @@ def _mentions(
             + ("" if spoken else ", or have an answer generated with max_new_tokens")
         )
     return sorted(found, key=lambda mention: (mention.sample, mention.tokens))
-
-
-def _spans(ids: list[int], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The text of some tokens, and the characters that each one adds to it."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    ends = [0]
-    for count in range(1, len(ids) + 1):
-        begun = tokenizer.decode(ids[:count], skip_special_tokens=True)
-        pairs = enumerate(zip(begun, text, strict=False))
-        same = next((at for at, (one, other) in pairs if one != other), min(len(begun), len(text)))
-        ends.append(max(ends[-1], same))  # the last letter may still lack some of its bytes
-    return text, list(pairwise(ends))
 
 
 def _given(positions: Sequence[Sequence[int]], ids: Tensor, tokenizer: Any) -> list[_Mention]:

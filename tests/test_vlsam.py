@@ -13,7 +13,7 @@ from families import FIRST_TEXT, HEADS, VOCAB, Family, Inputs, build
 from torch import Tensor
 
 import regard
-from regard.interventions import vlsam
+from regard.interventions import spoken, vlsam
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
 CAUSAL = ("llava", "qwen2_vl", "llava_next", "internvl")
@@ -304,10 +304,13 @@ def test_a_letter_of_several_bytes_belongs_to_all_of_its_tokens() -> None:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     bytewise = PreTrainedTokenizerFast(tokenizer_object=core)
-    text, spans = vlsam._spans(bytewise("a né b")["input_ids"], bytewise)
+    text, spans = spoken.spans(bytewise("a né b")["input_ids"], bytewise)
     assert text == "a né b"
     # the first byte of the letter shows nothing yet
     assert spans == [(0, 1), (1, 2), (2, 3), (3, 3), (3, 4), (4, 5), (5, 6)]
+    _, words = spoken.words_of(bytewise("a né b")["input_ids"], bytewise)
+    assert [(word.text, word.first, word.last) for word in words] == [("a", 0, 1), ("né", 2, 5), ("b", 6, 7)]
+    assert spoken.by_word(torch.arange(7.0), words).tolist() == [0.0, 3.0, 6.0]
 
 
 # --------------------------------------------------------------------------------------------- edits
