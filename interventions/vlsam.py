@@ -262,13 +262,13 @@ def _mentions(
     found, texts = [], []
     for sample, row in enumerate(searched):
         places = row.nonzero()[:, 0].tolist()
-        text, spans = spans(ids[sample, places].tolist(), tokenizer)
+        text, ends = spans(ids[sample, places].tolist(), tokenizer)
         texts.append(text)
         for word in dict.fromkeys(word.strip() for word in words if word.strip()):
             for hit in re.finditer(rf"(?<!\w){re.escape(word)}(?:s|es)?(?!\w)", text, re.IGNORECASE):
                 pieces = [
                     place
-                    for place, (start, end) in zip(places, spans, strict=True)
+                    for place, (start, end) in zip(places, ends, strict=True)
                     if max(start, hit.start()) < min(end, hit.end())
                 ]
                 found.append(_Mention(word, sample, tuple(pieces)))
