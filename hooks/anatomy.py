@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,7 +101,15 @@ def _some(values: list[int]) -> str:
 
 
 def base_of(model: Any) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, a pipeline or itself."""
+    """The transformers model inside an nnsight or PEFT wrapper, a pipeline or itself. Does not import nnsight."""
+    nnsight = sys.modules.get("nnsight")
+    if nnsight is not None and isinstance(model, nnsight.Envoy):
+        if not getattr(model, "dispatched", True):
+            raise CannotEdit(
+                f"{type(model).__name__} has not loaded its weights yet, and will put other modules in the place of "
+                "these when it does: call its dispatch() first, or make it with dispatch=True"
+            )
+        model = model._module
     if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
         model = model.model
     if hasattr(model, "get_base_model"):
