@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _NAMES = ("vision_tower", "vision_model", "visual", "vision_encoder", "image_encoder")
 _CLS = ("class_embedding", "cls_token", "cls_embedding")
 PATCHWISE = ("llava", "vipllava", "llava_next")  # models whose projector gives one image token per patch
+_OUTPUTS = ("out_proj", "o_proj", "projection", "projection_layer", "proj")
 _LENGTHS = "crops and tokens of each image"  # under which a session remembers them
 
 
@@ -38,9 +39,67 @@ def attention_layers(tower: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in tower.modules()
-        if hasattr(module, "num_heads")
+        if heads_of(module)
         and (hasattr(module, "qkv") or (hasattr(module, "q_proj") and hasattr(module, "k_proj")))
     ]
+
+
+def heads_of(attention: nn.Module) -> int:
+    """How many heads an attention module has; 0 where it does not say."""
+    return int(getattr(attention, "num_heads", 0) or getattr(attention, "num_attention_heads", 0))  # type: ignore[arg-type]
+
+
+def projections(attention: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose outputs are the queries, keys and values: "fused", or "q", "k" and "v" behind their norms."""
+    if hasattr(attention, "qkv"):
+        return {"fused": attention.qkv}  # type: ignore[dict-item]
+    found = {}
+    for name in "qkv":
+        norm = getattr(attention, f"{name}_norm", None)
+        found[name] = getattr(attention, f"{name}_proj") if norm is None else norm
+    return found
+
+
+def output_projection(attention: nn.Module) -> nn.Module:
+    """The module that takes the outputs of the heads (N, S, H * D).
+
+    Raises:
+        CannotEdit: there is none under a known name.
+    """
+    found = (getattr(attention, name, None) for name in _OUTPUTS)
+    module = next((module for module in found if isinstance(module, nn.Module)), None)
+    if module is None:
+        names = ", ".join(_OUTPUTS)
+        raise CannotEdit(f"{type(attention).__name__} has no output projection under a name of {names}")
+    return module
+
+
+def readable_layers(path: str, tower: nn.Module) -> list[nn.Module]:
+    """The tower's attention modules, where each attends over one image.
+
+    Raises:
+        CannotEdit: it attends over several tiles at once, or has none that can be read.
+    """
+    name = type(tower).__name__
+    if hasattr(tower, "max_num_tiles"):
+        raise CannotEdit(f"{path} ({name}) attends over several tiles at once, each with its own CLS token")
+    layers = attention_layers(tower)
+    if not layers:
+        raise CannotEdit(f"{path} ({name}) has no attention modules with q_proj and k_proj, or qkv")
+    return layers
+
+
+def patch_grid(tower: nn.Module, pixels: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of patches that pixels (..., height, width) become, and a patch's height and width.
+
+    Raises:
+        CannotEdit: the tower's config has no patch size.
+    """
+    size = getattr(tower.config, "patch_size", None)
+    if size is None:
+        raise CannotEdit(f"the config of {type(tower).__name__} has no patch_size, so its grid is unknown")
+    rows, columns = (size, size) if isinstance(size, int) else map(int, size)
+    return (pixels.shape[-2] // rows, pixels.shape[-1] // columns), (rows, columns)
 
 
 def has_cls(tower: nn.Module) -> bool:
@@ -84,25 +143,14 @@ def _readable(path: str, tower: nn.Module, received: bool) -> list[nn.Module]:
             f"{path} ({name}) has no CLS token, so where it looks is undefined: "
             "use a model whose tower has one (CLIP, EVA-CLIP)"
         )
-    if hasattr(tower, "max_num_tiles"):
-        raise CannotEdit(f"{path} ({name}) attends over several tiles at once, each with its own CLS token")
-    layers = attention_layers(tower)
-    if not layers:
-        raise CannotEdit(f"{path} ({name}) has no attention modules with q_proj and k_proj, or qkv")
-    return layers
+    return readable_layers(path, tower)
 
 
-def _watch_layer(engine: Engine, layer: int, attention: Any) -> list[Any]:
+def _watch_layer(engine: Engine, layer: int, attention: nn.Module) -> list[Any]:
     """Hooks where one layer makes its queries and keys."""
-    heads = int(attention.num_heads)
+    heads = heads_of(attention)
     scores = received_scores if engine.plan.towers[layer] else cls_scores
-    if hasattr(attention, "qkv"):
-        parts = {"fused": attention.qkv}
-    else:  # a norm of queries and keys comes after the projection
-        parts = {name: getattr(attention, f"{name}_norm", None) for name in ("q", "k")}
-        parts = {
-            name: getattr(attention, f"{name}_proj") if part is None else part for name, part in parts.items()
-        }
+    parts = {name: part for name, part in projections(attention).items() if name != "v"}
 
     def keep(name: str, module: nn.Module, args: Any, out: Tensor) -> None:
         session = engine.session
