@@ -1,14 +1,28 @@
-"""Hooks of the site: equations become MathML when it is built, and the command line's page is made of its help."""
+"""Hooks of the site: equations become MathML when it is built, and the commands' page is made of their help."""
 
 import html
 import re
 from typing import Any
 
+import typer
+import typer.cli
 from latex2mathml.converter import convert
 from mkdocs.plugins import get_plugin_logger
 
 LOG = get_plugin_logger("equations")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
+COMMANDS = "<!-- commands -->"
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Put the help of `regard` and its commands where a page asks for it."""
+    if COMMANDS not in markdown:
+        return markdown
+    from regard.cli import app
+
+    command = typer.main.get_command(app)
+    found = typer.cli.get_docs_for_click(obj=command, ctx=typer.Context(command), name="regard")
+    return markdown.replace(COMMANDS, found.partition("\n")[2])  # the page has a title of its own
 
 
 def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
