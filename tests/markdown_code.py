@@ -1,7 +1,7 @@
 """The code blocks of a Markdown page, run in order as a reader would, and what they print.
 
-A `python` block shares its names with those before it; a `text` block right behind it is what it prints. A `console` block
-holds one command of regard and its output. `python -m tests.markdown_code PAGE` writes what is printed into the page.
+A `python` block shares its names with those before it; a `text` block right behind it is what it prints. A `console`
+block holds one command of regard and its output. `python -m tests.markdown_code PAGE` writes what is printed into it.
 """
 
 from __future__ import annotations
