@@ -248,6 +248,16 @@ def test_the_miniature() -> None:
     assert found.clusters().labels.shape == (5, 4)
 
 
+def test_pruned_towers_are_read_too() -> None:
+    model, pixels = model_of("clip vision"), pixels_of("clip vision")
+    plain = tower_heads(model, pixels)
+    with without_heads(model, [(0, 1)]):
+        found = tower_heads(model, pixels)
+    torch.testing.assert_close(found.offsets[0], plain.offsets[0])
+    torch.testing.assert_close(found.importance[0, 1].item(), 0.0)  # type: ignore[index]
+    assert (found.distance[1] - plain.distance[1]).abs().max() > 1e-3
+
+
 def test_crops_of_zeros_are_padding() -> None:
     model, pixels = model_of("llava_next"), pixels_of("llava_next")
     padded = F.pad(pixels, (0, 0, 0, 0, 0, 0, 0, 2))

@@ -91,3 +91,11 @@ def test_clusters_are_planted_groups_and_do_not_depend_on_order() -> None:
     for count in (0, 25):
         with pytest.raises(ValueError, match=f"1 to the tower's 24 heads, got {count}"):
             cluster_heads(maps, count)
+
+
+def test_diffuse_kinds_count_as_much_as_sharp_ones() -> None:
+    itself, beside, row, column = maps = torch.zeros(4, 17, 17, dtype=torch.float64)
+    itself[8, 8] = 1
+    beside[8, 8:10] = 0.5
+    row[8], column[:, 8] = 1 / 17, 1 / 17  # their squared distance is 0.11, that of the sharp ones 0.5
+    assert cluster_heads(maps[None], 3).labels.tolist()[0][:2] == [0, 0]
