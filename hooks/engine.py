@@ -24,6 +24,7 @@ from .kv_cache import CACHE, cache_in
 from .plan import Contribution, Plan
 from .session import SESSION, Session
 from .step import Step
+from .tracing import trace_of, untraced
 
 _engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
 
@@ -276,7 +277,8 @@ class Engine:
                 self._read(decoder, stream, session, kwargs)
             elif branch.every_step:
                 late.append(stream)
-        if late and self.joins and can_join(self.anatomy) and not session.plan.exits:
+        together = self.joins and not session.plan.exits and trace_of(self.model) is None
+        if late and together and can_join(self.anatomy):
             joined = join(decoder, session, late, kwargs)
             if joined is not None:
                 self._local.joint, kwargs = joined
@@ -302,7 +304,8 @@ class Engine:
         ]
         self._local.stream = stream
         try:
-            yield
+            with untraced(self.model):
+                yield
         finally:
             self._local.stream = None
             for module, before in deltas:

@@ -171,7 +171,8 @@ def apply(model: Any, *interventions: Any, processor: Any = None, **options: Any
                 base = model.generate(**inputs)
 
     Args:
-        model: a transformers model, a PEFT model, a transformers pipeline, or a diffusers pipeline.
+        model: a transformers model, a PEFT model, a transformers pipeline, nnsight's wrapper of a model, or a diffusers
+            pipeline.
         interventions: recipe names, interventions or single edits; they act in the order given.
         processor: the model's processor, for the recipes that read or write text or pixels (AGLA, ICD, MMA);
             a pipeline brings its own.

@@ -220,3 +220,32 @@ def test_weights_that_are_not_loaded_yet(nnsight: Any, lvlm: Any, inputs: Any) -
 def test_something_else_inside(nnsight: Any) -> None:
     with pytest.raises(regard.CannotEdit, match="Linear has no config"):
         regard.apply(nnsight.NNsight(torch.nn.Linear(2, 2)), regard.VAR())
+
+
+# ---------------------------------------------------------------------------------------------- branches
+
+
+@pytest.mark.parametrize("recipe", ["vhr", "icd", "m3id"])
+def test_a_trace_follows_the_main_stream_alone(lvlm: Any, traced: Any, inputs: Any, recipe: str) -> None:
+    """Branches run the same modules, before the main stream or in one batch with it."""
+    model, processor = lvlm
+    seen: list[Tensor] = []
+    block = model.model.language_model.layers[3]
+    with regard.apply(model, recipe, processor=processor):
+        handle = block.register_forward_hook(lambda module, args, out: seen.append(out))
+        want, _ = by_itself(model, inputs)
+        handle.remove()
+        with traced.trace(**inputs):
+            hidden = traced.model.language_model.layers[3].output.save()
+            logits = traced.output.logits.save()
+        rows = []
+        with traced.generate(**inputs, **GENERATE) as tracer:
+            for _ in tracer.iter[:STEPS]:
+                rows.append(traced.model.language_model.layers[3].output)
+    prompt = [out for out in seen if out.shape[:2] == inputs["input_ids"].shape]
+    assert torch.equal(logits, want)
+    assert torch.equal(hidden, prompt[0])
+    assert [out.shape[:2] for out in rows] == [hidden.shape[:2], *[(1, 1)] * (STEPS - 1)]
+    main = [out[:1] for out in seen if out.shape[1] == 1][-(STEPS - 1) :]
+    for found, expected in zip(rows[1:], main, strict=True):
+        torch.testing.assert_close(found, expected)
