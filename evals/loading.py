@@ -50,3 +50,22 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tup
     if place != "auto":
         model.to(torch.device(place))
     return model.eval(), processor
+
+
+def load_pipeline(name: str, device: str | None = None) -> Any:
+    """The diffusers pipeline of a name, "miniature" or "miniature-t2i" the embedded one; safetensors only.
+
+    Raises:
+        OSError: the pipeline cannot be read.
+    """
+    if name in ("miniature", "miniature-t2i"):
+        from .miniature import load_miniature
+
+        pipe = load_miniature("t2i")
+    else:
+        from diffusers import DiffusionPipeline
+
+        pipe = DiffusionPipeline.from_pretrained(name, use_safetensors=True)
+        pipe.to(device or own_device())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

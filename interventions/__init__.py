@@ -2,6 +2,7 @@
 
 from .agla import AGLA
 from .astar import ASTAR
+from .attencraft import WordMasks, word_masks
 from .attend_excite import AttendExcite
 from .attention import Attention, attention
 from .daam import WordHeat, word_heat
@@ -23,6 +24,9 @@ from .recipes import Recipe, apply, recipe, recipes, unwrap, wrap
 from .rehearsal import Rehearsal, rehearse
 from .sink_removal import DropSinks
 from .sinks import SinkDimensions, sink_dimensions
+from .tower_heads import TowerHeads, tower_heads, without_heads
+from .tower_outliers import ClsOutliers, cls_outliers
+from .tower_patterns import HeadClusters
 from .var import VAR
 from .vcd import VCD
 from .vhr import VHR
@@ -45,10 +49,12 @@ __all__ = [
     "Attention",
     "AttentionMatcher",
     "BlipMatcher",
+    "ClsOutliers",
     "Divergence",
     "DoLa",
     "DropSinks",
     "DyVTE",
+    "HeadClusters",
     "IRDiffusion",
     "IsolationAttention",
     "Null",
@@ -58,16 +64,22 @@ __all__ = [
     "Recipe",
     "Rehearsal",
     "SinkDimensions",
+    "TowerHeads",
     "WordHeat",
+    "WordMasks",
     "apply",
     "attention",
+    "cls_outliers",
     "divergence",
     "object_maps",
     "recipe",
     "recipes",
     "rehearse",
     "sink_dimensions",
+    "tower_heads",
     "unwrap",
+    "without_heads",
     "word_heat",
+    "word_masks",
     "wrap",
 ]

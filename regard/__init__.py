@@ -18,6 +18,12 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "recipes": "interventions",
     "divergence": "interventions",
     "attention": "interventions",
+    "cls_outliers": "interventions",
+    "tower_heads": "interventions",
+    "without_heads": "interventions",
+    "word_masks": "interventions",
+    "show": "inside",
+    "show_drawn": "inside",
     "object_maps": "interventions",
     "sink_dimensions": "interventions",
     "ASTAR": "interventions",
@@ -77,9 +83,11 @@ _HOMES = {  # public name -> where it lives; imported at first use, so that `imp
     "Results": "evals.results",
     "import_answers": "evals.harnesses.importer",
 }
-__all__ = ["__version__", *sorted(_HOMES)]
+_MODULES = ("plots",)
+__all__ = ["__version__", *_MODULES, *sorted(_HOMES)]
 
 if TYPE_CHECKING:
+    from . import plots as plots
     from .evals.harnesses.importer import import_answers as import_answers
     from .evals.miniature import load_miniature as load_miniature
     from .evals.results import Results as Results
@@ -106,6 +114,8 @@ if TYPE_CHECKING:
     from .hooks.latent_edits import Watch as Watch
     from .hooks.pipeline_run import PipelineRun as PipelineRun
     from .hooks.run import Run as Run
+    from .inside import show as show
+    from .inside import show_drawn as show_drawn
     from .interventions import AGLA as AGLA
     from .interventions import ASTAR as ASTAR
     from .interventions import DAMRO as DAMRO
@@ -130,14 +140,18 @@ if TYPE_CHECKING:
     from .interventions import Plausible as Plausible
     from .interventions import apply as apply
     from .interventions import attention as attention
+    from .interventions import cls_outliers as cls_outliers
     from .interventions import divergence as divergence
     from .interventions import object_maps as object_maps
     from .interventions import recipe as recipe
     from .interventions import recipes as recipes
     from .interventions import rehearse as rehearse
     from .interventions import sink_dimensions as sink_dimensions
+    from .interventions import tower_heads as tower_heads
     from .interventions import unwrap as unwrap
+    from .interventions import without_heads as without_heads
     from .interventions import word_heat as word_heat
+    from .interventions import word_masks as word_masks
     from .interventions import wrap as wrap
     from .kernels.groups import Groups as Groups
     from .kernels.isolation import isolated_attention as isolated_attention
@@ -148,6 +162,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return _import_module(f"regard.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'regard' has no attribute {name!r}")
     value = getattr(_import_module(f"regard.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""The command line: demo, bench, report, import, pope, recipes, doctor.
+"""The command line: demo, bench, report, import, pope, show, recipes, doctor.
 
 Heavy imports are inside the commands, so that `regard --help` answers at once.
 """
@@ -11,6 +11,7 @@ import typer
 
 from .cli_answers import import_, pope_app, pope_build, pope_check
 from .cli_output import reported, show, state
+from .cli_show import show_
 
 app = typer.Typer(
     name="regard",
@@ -213,17 +214,10 @@ def _bench_drawn(
     batch_size: int,
     steps: int,
 ) -> None:
+    from .evals.loading import load_pipeline
     from .evals.pictures import consistency, subjects
 
-    if model == "miniature":
-        from .evals.miniature import load_miniature
-
-        pipe = load_miniature("t2i")
-    else:
-        from diffusers import DiffusionPipeline
-
-        pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(model)
     command = shlex.join(["regard", *sys.argv[1:]])
     if benchmark == "subjects":
         show(
@@ -322,6 +316,7 @@ def doctor(
         raise typer.Exit(1)
 
 
+app.command("show")(reported(show_))
 app.command("import")(reported(import_))
 app.add_typer(pope_app, name="pope")
 pope_app.command("build")(reported(pope_build))
