@@ -12,12 +12,12 @@ import torch
 import regard
 
 TEXT = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
-SHOWN = dict(re.findall(r'```python title="([^"]+)"\n(.*?)```', TEXT, re.DOTALL))
+SHOWN = dict(re.findall(r'```(?:python|diff) title="([^"]+)"\n(.*?)```', TEXT, re.DOTALL))
 
 
 @pytest.fixture
 def boost(tmp_path, monkeypatch):
-    """The class in the shown file, as `regard.interventions.boost`, with the shown line in METHODS."""
+    """The class in the shown file, as `regard.interventions.boost`, with the shown lines in recipes.py."""
     name = "regard.interventions.boost"
     (tmp_path / "boost.py").write_text(SHOWN["interventions/boost.py"])
     spec = importlib.util.spec_from_file_location(name, tmp_path / "boost.py")
@@ -25,8 +25,11 @@ def boost(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     recipes = importlib.import_module("regard.interventions.recipes")
-    line = eval(f"({SHOWN['interventions/recipes.py']})", vars(module))
-    monkeypatch.setattr(recipes, "METHODS", recipes.METHODS + line)
+    imported, before, line = SHOWN["interventions/recipes.py"].splitlines()
+    assert before.strip() in Path(recipes.__file__).read_text()
+    names = {"__package__": recipes.__package__}
+    exec(imported[1:], names)
+    monkeypatch.setattr(recipes, "METHODS", eval(f"({line[1:]})", names) + recipes.METHODS)
     return module.Boost
 
 

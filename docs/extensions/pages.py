@@ -35,6 +35,9 @@ def on_page_content(content: str, page: Any, **kwargs: Any) -> str:
         except Exception as error:
             LOG.warning("%s: %r cannot be read: %r", page.file.src_uri, latex, error)
             return found[0]
+        braces = re.sub(r"\\[{}]", "", latex)
+        if braces.count("{") != braces.count("}"):
+            LOG.warning("%s: %r has an open or a closing brace too many", page.file.src_uri, latex)
         if "\\" in html.unescape(made):  # a command that is unknown is passed on as it is
             LOG.warning("%s: %r has an unknown command", page.file.src_uri, latex)
         return f'<div class="equation">{made}</div>' if block else made
