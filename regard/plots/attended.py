@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .captions import Caption, tokenizer_of
-from .look import BLUE, GREEN, PURPLE, RED, SKY, YELLOW, Panels, drawn, numbered, picked, values
+from .look import BLUE, GREEN, PURPLE, RED, SKY, YELLOW, drawn, numbered, picked, titled, values
+from .panels import Panels
 from .pictures import Seen, beside
 
 if TYPE_CHECKING:
@@ -62,10 +63,11 @@ def attention(
     panels = beside(seen, 2, ax)
     seen.show(panels.at(0, 0), "picture")
     top = float(field.max()) or 1.0
-    title = f"{said}, {_depth(attention, layer)}\n{field.sum():.1%} of its attention is here"
+    title = f"{_depth(attention, layer)}\n{field.sum():.1%} of attention on picture"
     drawn = seen.heat(panels.at(0, 1), field, top, title)
-    panels.bar(drawn, "probability, mean over heads")
-    return panels.figure
+    panels.axes[1].set_xlabel(said)
+    panels.bar(drawn, "probability\n(mean over heads)")
+    return panels.done()
 
 
 @drawn
@@ -119,8 +121,8 @@ def sinks(
         drawn = seen.heat(axes, field, top or highest or 1.0, title)
         seen.outline(axes, own.any(0), width=0.8)
     panels.axes[1].set_xlabel(said)
-    panels.bar(drawn, "probability, mean over heads", clipped=0 < top < highest)
-    return panels.figure
+    panels.bar(drawn, "probability\n(mean over heads)", clipped=0 < top < highest)
+    return panels.done()
 
 
 @drawn
@@ -155,7 +157,7 @@ def flow(
     seen.show(panels.at(0, 0), "picture")
     drawn = seen.heat(panels.at(0, 1), field, float(field.max()), f"flow of “{object_map.word}”")
     panels.bar(drawn, "attention flow (not normalised)")
-    return panels.figure
+    return panels.done()
 
 
 @drawn
@@ -192,7 +194,7 @@ def masses(
         shares = values("masses", run.masses, 4, "(N, L, H, G)")[row if token is not None else slice(None)]
         axes = panels.at(0, column)
         _stack(axes, run, shares.mean((0, 2)))
-        axes.set_title(f"{names[column]}, {said}" if edited else said)
+        titled(axes, f"{names[column]}, {said}" if edited else said)
         if column:
             axes.tick_params(labelleft=False)
     panels.axes[0].set_ylabel("share of attention")
@@ -200,7 +202,7 @@ def masses(
     for axes in panels.axes:
         axes.set_ylim(0, top)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True, handleheight=1.6, handlelength=2)
-    return panels.figure
+    return panels.done()
 
 
 def _stack(axes: Axes, run: Attention, shares: np.ndarray) -> None:

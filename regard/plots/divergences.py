@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..interventions.vhr import sensitive_heads
 from .captions import Caption
-from .look import BLUE, HEAT, RED, Panels, drawn, head_axes, picked, values
+from .look import BLUE, HEAT, RED, drawn, picked, titled, values
+from .panels import Panels, head_axes
 
 if TYPE_CHECKING:
     from ..interventions.divergence import Divergence
@@ -59,10 +60,10 @@ def vhd(
     if mark:
         title += "\nwhite dots: above the median of the layer"
         _dots(axes, sensitive_heads(found.detach()).cpu())
-    axes.set_title(title)
+    titled(axes, title)
     unit = "squared distance" if scale == "raw" else "squared distance / largest of the layer"
     panels.bar(image, unit)
-    return panels.figure
+    return panels.done()
 
 
 def _dots(axes: Axes, chosen: Tensor) -> None:
@@ -123,8 +124,7 @@ def t_vhd(
     if wrong:
         shown = [Patch(**_style(True), label="hallucinated"), Patch(**_style(False), label="other words")]
         axes.legend(handles=shown, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
-    axes.set_title("T-VHD", loc="left")
-    return panels.figure
+    return panels.done()
 
 
 def _bars(axes: Axes, caption: Caption, heights: np.ndarray, places: range, wrong: set[int]) -> None:
@@ -135,7 +135,7 @@ def _bars(axes: Axes, caption: Caption, heights: np.ndarray, places: range, wron
         label.set_fontsize(8)
         if number in wrong:
             label.set(color=RED, fontweight="bold")
-    axes.set_ylabel("sum of squared distances")
+    axes.set_ylabel("T-VHD (sum of\nsquared distances)")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

@@ -10,7 +10,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .look import CATEGORIES, HATCHES, HEAT, Panels, drawn, picked, values
+from .look import CATEGORIES, HATCHES, HEAT, drawn, picked, titled, values
+from .panels import Panels
 from .pictures import Seen
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def word_maps(
     top = max(float(field[rows].max()) for _, field in fields) or 1.0
     side = 0.78
     widths = [1 + (len(rows) > 1), 0.12, *[1.0] * len(fields)]  # the second is room for the words
-    size, gaps, margins = (side, side * seen.ratio), (0.08, 0.08), (0.1, 0.1, 0.25)
-    panels = Panels(ax, (len(rows), len(widths)), size, widths, gaps, margins=margins)
+    size = side, side * seen.ratio
+    panels = Panels(ax, (len(rows), len(widths)), size, widths, (0.08, 0.08), pictures=True)
     seen.show(panels.at(0, 0, len(rows)), "picture")
     panels.axes[0].set_anchor("N")
     for line, (row, word) in enumerate(zip(rows, chosen, strict=True)):
@@ -66,11 +67,11 @@ def word_maps(
             )
             axes.set(xticks=[], yticks=[])
             if not line:
-                axes.set_title(name)
+                titled(axes, name)
             if column == 2:
                 axes.set_ylabel(str(word), fontweight="bold")
     panels.bar(drawn, "probability")
-    return panels.figure
+    return panels.done()
 
 
 @drawn
@@ -95,7 +96,7 @@ def masks(picture: Any, masks: Any, names: Sequence[str] | None = None, *, ax: A
     empty = [str(name) for name, mask in zip(names, chosen, strict=True) if not mask.any()]
     if len(empty) == len(chosen):
         raise ValueError(f"all masks are empty, of {', '.join(empty)}: there is nothing to draw")
-    panels = Panels(ax, (1, 1), (3, 3 * seen.ratio), right=0.1, margins=(0.1, 0.1, 0.25 if empty else 0.1))
+    panels = Panels(ax, (1, 1), (3, 3 * seen.ratio), right=0, pictures=True)
     axes = panels.at()
     seen.show(axes, f"nowhere: {', '.join(empty)}" if empty else "")
     for number, (mask, name) in enumerate(zip(chosen, names, strict=True)):
@@ -103,4 +104,4 @@ def masks(picture: Any, masks: Any, names: Sequence[str] | None = None, *, ax: A
         hatch = HATCHES[(number + number // len(CATEGORIES)) % len(HATCHES)]
         if mask.any():
             seen.region(axes, mask, str(name), colour, hatch)
-    return panels.figure
+    return panels.done()

@@ -14,7 +14,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..interventions.vlsam_points import seen_box
-from .look import HEAT, RED, Panels, cased
+from .look import HEAT, RED, cased, titled
+from .panels import Panels
 
 _FAINT = 0.15, 0.8
 """Black and white of a picture under heat: what is left of its contrast does not pass for heat."""
@@ -47,8 +48,8 @@ class Seen:
 
     @property
     def ratio(self) -> float:
-        """Height over width of the room for the picture, at most 2 and at least 1/2."""
-        return min(max(self.pixels.shape[0] / self.pixels.shape[1], 0.5), 2)
+        """Height over width of the room for the picture, from 1/2 to 3/2."""
+        return min(max(self.pixels.shape[0] / self.pixels.shape[1], 0.5), 1.5)
 
     @property
     def extent(self) -> tuple[float, float, float, float]:
@@ -112,13 +113,13 @@ class Seen:
             patch.set_path_effects(cased(1.8))
             axes.add_patch(patch)
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
-        axes.set_title(title, fontsize=8.5)
+        titled(axes, title)
 
 
 def beside(seen: Seen, count: int, ax: Axes | None) -> Panels:
-    """Panels in a row, as high as the picture, with room for two lines above and one below."""
+    """Panels in a row, of the shape of the picture."""
     side = 2.1
-    return Panels(ax, (1, count), (side, side * seen.ratio), margins=(0.1, 0.22, 0.42))
+    return Panels(ax, (1, count), (side, side * seen.ratio), pictures=True)
 
 
 def _pixels(picture: Any) -> np.ndarray:

@@ -9,7 +9,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .look import BLUE, HEAT, RED, Panels, drawn, head_axes, numbered, picked, values
+from .look import BLUE, HEAT, RED, drawn, numbered, picked, titled, values
+from .panels import Panels, head_axes
 from .pictures import Seen, beside
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def outliers(
     title = f"attention of CLS, tower layer {found.layer}\n{field[chosen].sum():.1%} on outliers"
     drawn = seen.heat(axes, field, float(field.max()) or 1.0, title)
     seen.outline(axes, chosen, width=0.8)
-    panels.bar(drawn, "probability, mean over heads")
-    return panels.figure
+    panels.bar(drawn, "probability\n(mean over heads)")
+    return panels.done()
 
 
 @drawn
@@ -67,9 +68,9 @@ def importance(heads: TowerHeads, *, ax: Axes | None = None) -> Figure:
     panels, axes = head_axes(ax, field.shape, range(len(field)))
     low = min(0.0, float(field.min()))  # pruning may also help
     image = axes.imshow(field, cmap=HEAT, vmin=low, vmax=float(field.max()) or 1.0, aspect="auto")
-    axes.set_title("importance of heads")
+    titled(axes, "importance of heads")
     panels.bar(image, "change when pruned")
-    return panels.figure
+    return panels.done()
 
 
 @drawn
@@ -99,7 +100,7 @@ def distance(heads: TowerHeads, *, pixels: bool = False, ax: Axes | None = None)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
-    return panels.figure
+    return panels.done()
 
 
 @drawn
@@ -124,19 +125,19 @@ def patterns(clusters: HeadClusters, *, ax: Axes | None = None) -> Figure:
     _numbers(axes, labels, count)
     numbered(axes.xaxis, range(labels.shape[1]), "head")
     numbered(axes.yaxis, range(labels.shape[0]), "layer")
-    axes.set_title("kind of each head")
+    titled(axes, "kind of each head")
     high, across = (side // 2 for side in maps.shape[1:])
     for kind, field in enumerate(maps):
         axes = panels.at(kind // columns, 1 + kind % columns)
         axes.imshow(field, cmap=HEAT, vmin=0, extent=(-across - 0.5, across + 0.5, high + 0.5, -high - 0.5))
         heads = int(clusters.sizes[kind])
         name = f"kind {kind}: {heads} {'head' if heads == 1 else 'heads'}"
-        axes.set_title(f"{name}\n{float(clusters.distance[kind]):.1f} patches away")
+        titled(axes, f"{name}\n{float(clusters.distance[kind]):.1f} patches away")
         if kind % columns == 0:
             axes.set_ylabel("down (patches)")
         if kind + columns >= count:
             axes.set_xlabel("right (patches)")
-    return panels.figure
+    return panels.done()
 
 
 def _numbers(axes: Axes, labels: np.ndarray, count: int) -> None:
