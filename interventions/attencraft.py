@@ -160,7 +160,8 @@ def word_masks(
         return image is not None or _within(timesteps, pipe.scheduler.timesteps.tolist(), step)
 
     reader = _Reader(denoiser, wanted, resolutions)
-    watch = Watch(tuple([*own, background] for own in each), reader.see)
+    concepts: list[Any] = [[*own, background] for own in each]
+    watch = Watch(tuple(concepts), reader.see)
     with apply(pipe, watch, Attend(reader.attend, lambda site: site.kind == "self")):
         handle = denoiser.module.register_forward_pre_hook(reader.begin, with_kwargs=True)
         try:
