@@ -35,33 +35,6 @@ class WordHeat:
         """(B, C, h, w), the mean over the steps."""
         return self.by_step.mean(1)
 
-    def figure(self, image: int = 0, step: int | None = None) -> Any:
-        """The picture, and each word's heat over it, red where it is hottest: a matplotlib figure.
-
-        Args:
-            image: which picture.
-            step: a denoising step; None is the mean.
-        """
-        from matplotlib.figure import Figure
-
-        heat = self.mean[image] if step is None else self.by_step[image, step]
-        picture = self.images[image]
-        width, height = picture.size
-        figure = Figure(figsize=(2.6 * (len(self.words) + 1), 2.9), layout="constrained")
-        axes = figure.subplots(1, len(self.words) + 1)
-        axes[0].imshow(picture)
-        axes[0].set_title("picture", fontsize=10)
-        for place, word, own in zip(axes[1:], self.words, heat, strict=True):
-            place.imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255)
-            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-            place.imshow(
-                own.cpu(), cmap="inferno", alpha=0.65, extent=extent, interpolation="bicubic", vmin=0
-            )
-            place.set_title(f"{word}, at most {float(own.max()):.3f}", fontsize=10)
-        for place in axes:
-            place.axis("off")
-        return figure
-
 
 def word_heat(pipe: Any, prompt: str | list[str], words: Sequence[Any], **options: Any) -> WordHeat:
     """Generate pictures and note where each word acts (DAAM, arXiv 2210.04885). The pictures do not change.

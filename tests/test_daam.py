@@ -54,14 +54,7 @@ def test_heat_is_the_mean_over_layers_and_steps(kind: str) -> None:
     assert torch.allclose(heat.mean, heat.by_step.mean(1))
 
 
-def test_the_figure_shows_every_word(tmp_path: Any) -> None:
-    heat = regard.word_heat(
-        build("sd"), PROMPT, ["dog", "apple"], generator=torch.Generator().manual_seed(0), **OPTIONS
-    )
-    figure = heat.figure()
-    assert [axes.get_title().split(",")[0] for axes in figure.axes] == ["picture", "dog", "apple"]
-    figure.savefig(tmp_path / "heat.png")
-    assert (tmp_path / "heat.png").stat().st_size > 5000
+def test_refusals() -> None:
     with pytest.raises(regard.NoObjectWords, match="'zebra' is not in the prompt"):
         regard.word_heat(build("sd"), PROMPT, ["zebra"], **OPTIONS)
     with pytest.raises(regard.CannotEdit, match="needs a diffusers pipeline"):
