@@ -61,7 +61,7 @@ def vhd(
         title += "\nwhite dots: above the median of the layer"
         _dots(axes, sensitive_heads(found.detach()).cpu())
     titled(axes, title)
-    unit = "squared distance" if scale == "raw" else "squared distance / largest of the layer"
+    unit = "squared distance" if scale == "raw" else "squared distance\n/ largest of the layer"
     panels.bar(image, unit)
     return panels.done()
 

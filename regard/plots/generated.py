@@ -10,6 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..interventions.places import check_places, places_at
 from .look import CATEGORIES, HATCHES, HEAT, drawn, picked, titled, values
 from .panels import Panels
 from .pictures import Seen
@@ -81,7 +82,8 @@ def masks(picture: Any, masks: Any, names: Sequence[str] | None = None, *, ax: A
     Args:
         picture: PIL, array or tensor.
         masks: (S, h, w) above 0.5 where subject s is, over the whole picture at any resolution; those of
-            `regard.rehearse`, or `masks[0]` of `regard.word_masks`. The title names subjects without a place.
+            `regard.rehearse`, or `masks[0]` of `regard.word_masks`; or (S, 4) boxes: left, top, right, bottom as
+            shares of the width and height. The title names subjects without a place.
         names: of the S subjects; None counts them.
         ax: axis to draw on; None makes a figure.
 
@@ -89,7 +91,11 @@ def masks(picture: Any, masks: Any, names: Sequence[str] | None = None, *, ax: A
         ValueError: masks of another shape, all of them empty, or another number of names.
     """
     seen = Seen.of(picture)
-    chosen = values("masks", torch.as_tensor(masks), 3, "(subjects, height, width)") > 0.5
+    given = torch.as_tensor(masks)
+    if given.ndim == 2 and given.shape[1] == 4:
+        high, wide = seen.pixels.shape[:2]
+        given = places_at(check_places(given, "masks", disjoint=False), (high, wide))
+    chosen = values("masks", given, 3, "(subjects, height, width)") > 0.5
     names = [f"subject {number}" for number in range(len(chosen))] if names is None else list(names)
     if len(names) != len(chosen):
         raise ValueError(f"there are {len(chosen)} masks and {len(names)} names: give one each")

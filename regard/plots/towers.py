@@ -132,7 +132,7 @@ def patterns(clusters: HeadClusters, *, ax: Axes | None = None) -> Figure:
         axes.imshow(field, cmap=HEAT, vmin=0, extent=(-across - 0.5, across + 0.5, high + 0.5, -high - 0.5))
         heads = int(clusters.sizes[kind])
         name = f"kind {kind}: {heads} {'head' if heads == 1 else 'heads'}"
-        titled(axes, f"{name}\n{float(clusters.distance[kind]):.1f} patches away")
+        axes.set_title(f"{name}\n{float(clusters.distance[kind]):.1f} patches away")
         if kind % columns == 0:
             axes.set_ylabel("down (patches)")
         if kind + columns >= count:
