@@ -1,5 +1,6 @@
 # make demo   install into .venv and run the main job on the embedded model
 # make test   install into .venv and run linters, types and tests
+# make notebooks   execute the notebooks and save their outputs
 # make docs   build the documentation into build/site; make docs-serve shows it while you write
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 EDITABLE := --config-settings editable_mode=compat
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
-.PHONY: demo test lint format docs docs-serve install install-dev clean
+.PHONY: demo test lint format notebooks docs docs-serve install install-dev clean
 
 demo: install
 	$(BIN)/regard demo
@@ -28,6 +29,9 @@ lint: install-dev
 format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: install-dev
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 docs: install-dev
 	$(MKDOCS) build --strict
