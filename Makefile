@@ -31,7 +31,7 @@ format: install-dev
 	$(BIN)/ruff format .
 
 notebooks: install-dev
-	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 docs: install-dev
 	$(MKDOCS) build --strict
