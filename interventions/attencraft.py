@@ -195,9 +195,7 @@ def refined(to_image: Tensor, to_text: Tensor, grid: Grid, power: int = 4) -> Te
     """
     if tuple(to_text.shape[2:]) != grid:
         to_text = F.interpolate(to_text, grid, mode="bicubic").clamp_min(0)
-    peak = to_text.amax((2, 3), keepdim=True)
-    squared = (to_text / peak.masked_fill(peak == 0, 1)).square()  # a small square is below fp32's range
-    flow, affinity = _unit(squared).flatten(2).mT, _unit(to_image)
+    flow, affinity = _unit(to_text.square()).flatten(2).mT, _unit(to_image)
     for _ in range(power):
         flow = affinity @ flow
     return _unit(flow.mT.unflatten(2, grid))
