@@ -1,5 +1,6 @@
 """Masks of words against loops in float64, and against attention that a processor of its own writes out."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,14 @@ def cubic(x: float, a: float = -0.75) -> float:
 
 
 def bicubic(plane: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    out = np.zeros(grid)
+    out, last, values = np.zeros(grid), [side - 1 for side in plane.shape], plane.tolist()
     for row in range(grid[0]):
         for column in range(grid[1]):
             y = (row + 0.5) * plane.shape[0] / grid[0] - 0.5
             x = (column + 0.5) * plane.shape[1] / grid[1] - 0.5
-            for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
-                for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
-                    near = plane[np.clip(i, 0, plane.shape[0] - 1), np.clip(j, 0, plane.shape[1] - 1)]
+            for i in range(math.floor(y) - 1, math.floor(y) + 3):
+                for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                    near = values[min(max(i, 0), last[0])][min(max(j, 0), last[1])]
                     out[row, column] += cubic(y - i) * cubic(x - j) * near
     return np.maximum(out, 0)
 
