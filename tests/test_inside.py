@@ -134,7 +134,7 @@ def test_words_of_a_prompt_over_its_picture(drawn):
     torch.testing.assert_close(maps[:, 0], maps[:, 1:].mean(1), atol=float(maps.max()) / 200, rtol=0)
     assert (maps[0] - maps[1]).abs().max() > 1e-3
     assert [len(section.drawings) for section in drawn.sections] == [1, 1]
-    assert "no word of apple, dog has a region" in drawn.sections[1].missing  # two steps draw neither
+    assert "no cell is clearly of apple, dog" in drawn.sections[1].text  # two steps draw neither
 
 
 def test_text_cannot_break_out_of_the_page():

@@ -38,6 +38,7 @@ class Overlay:
         maps: (W, S, h, w), not negative: W words, S slices (layers, or steps).
         slices: S names.
         unit: of a value of the maps, for the line below the picture.
+        share: values are shares, and shown in percent.
         total: whether the sum of a map means something: the share of the picture.
     """
 
@@ -45,6 +46,7 @@ class Overlay:
     maps: Tensor
     slices: tuple[str, ...]
     unit: str
+    share: bool = True
     total: bool = True
 
     def packed(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Overlay:
             "grid": list(maps.shape[2:]),
             "slices": list(self.slices),
             "unit": self.unit,
+            "share": self.share,
             "peak": _short(peak),
             "total": _short(maps.sum((2, 3))) if self.total else None,
             "levels": base64.b64encode(levels.numpy().tobytes()).decode(),
@@ -73,6 +76,7 @@ class Board:
         overlays: each with a row for every piece that has one.
         box: (left, top, right, bottom) that the maps cover, as shares of the picture.
         slices: what a slice is called.
+        heading: above the board.
     """
 
     picture: Image.Image
@@ -80,6 +84,7 @@ class Board:
     overlays: Sequence[Overlay]
     box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
     slices: str = "layer"
+    heading: str = "Where each word looked"
 
     def packed(self) -> str:
         """JSON for the page's script."""

@@ -16,7 +16,7 @@ from ..hooks.errors import NoObjectWords, RegardError
 from ..interventions import apply, word_heat, word_masks
 from ..interventions.daam import WordHeat
 from ..interventions.places import masks_of
-from .board import Board, Overlay, Piece, Section, section
+from .board import Board, Overlay, Piece, Section, drawing, section
 from .page import Page
 
 _SMALL = frozenset("a an and at by for from in of on or the to with".split())
@@ -59,7 +59,7 @@ def show_drawn(
 
     progress("drawing plain")
     heat = draw()
-    sections = [_maps("Where the words act", heat), _isolated(pipe, prompt, heat, steps, progress)]
+    sections = [_maps("Where the words act", heat), _isolated(pipe, prompt, heat, progress)]
     for name in recipes:
         progress(f"drawing with {name}")
         try:
@@ -71,7 +71,8 @@ def show_drawn(
         model_name(pipe) if hasattr(pipe, "config") and hasattr(pipe, "name_or_path") else type(pipe).__name__
     )
     facts = [("pipeline", kind), ("prompt", prompt), ("steps", f"{steps}, noise of seed {seed}")]
-    return Page(f"{kind}: {prompt}", facts, _board(prompt, heat), (), sections, MINIATURE_NOTE)
+    note = MINIATURE_NOTE if kind.startswith("miniature") else ""
+    return Page(f"{kind}: {prompt}", facts, _board(prompt, heat), (), sections, note)
 
 
 def _content(prompt: str) -> list[str]:
@@ -83,27 +84,34 @@ def _maps(title: str, heat: WordHeat) -> Section:
     return section(title, text, ("Maps of the words over the steps", lambda: plots.word_maps(heat)))
 
 
-def _isolated(pipe: Any, prompt: str, heat: WordHeat, steps: int, progress: Callable[[str], Any]) -> Section:
+def _isolated(pipe: Any, prompt: str, heat: WordHeat, progress: Callable[[str], Any]) -> Section:
     """The regions that isolation would keep apart."""
     progress("finding the subjects")
     picture, names = heat.images[0], [str(word) for word in heat.words]
-    return section(
+    found = section(
         "Isolation masks",
-        "Regions of the subjects, which isolation keeps apart: by the attention to the words alone, and joined with "
+        "Regions of the subjects, which isolation keeps apart: by the attention to the words, and by that joined with "
         "self-attention (AttenCraft).",
         ("By the words", lambda: _regions(picture, masks_of(heat.mean[0]), names)),
-        (
-            "By words and self-attention",
-            lambda: _regions(picture, word_masks(pipe, prompt, names, image=picture).masks[0], names),
-        ),
     )
+    try:
+        joined = word_masks(pipe, prompt, names, image=picture)
+    except RegardError as error:
+        found.missing = str(error)
+        return found
+    if joined.missing[0]:
+        lacking = ", ".join(names[number] for number in joined.missing[0])
+        found.text += f" By the second, no cell is clearly of {lacking}."
+    if len(joined.missing[0]) < len(names):
+        found.drawings.append(
+            drawing(_regions(picture, joined.masks[0], names), "By words and self-attention")
+        )
+    return found
 
 
 def _regions(picture: Any, masks: Tensor, names: Sequence[str]) -> Any:
     """The figure of the regions that are not empty."""
     found = [number for number, mask in enumerate(masks) if mask.any()]
-    if not found:
-        raise NoObjectWords(f"no word of {', '.join(names)} has a region of its own in this picture")
     return plots.masks(picture, masks[found], [names[number] for number in found])
 
 
@@ -118,7 +126,7 @@ def _board(prompt: str, heat: WordHeat) -> Board:
         place = end
     pieces.append(Piece(prompt[place:]))
     overlays = [Overlay("attention to the word", maps, names, "of the attention", total=False)]
-    return Board(heat.images[0], pieces, overlays, slices="step")
+    return Board(heat.images[0], pieces, overlays, slices="step", heading="Where each word acts")
 
 
 def _places(prompt: str, words: Sequence[str]) -> list[tuple[int, int, int]]:

@@ -195,7 +195,9 @@ def _board(seen: _Seen) -> Board:
     ]
     if seen.flows:
         flow = torch.stack([found.maps[0] for found in seen.flows])[:, None]
-        overlays.append(Overlay("attention flow (VL-SAM)", flow, ("all layers",), "flow", total=False))
+        overlays.append(
+            Overlay("attention flow (VL-SAM)", flow, ("all layers",), "flow", share=False, total=False)
+        )
     width, height = seen.picture.size
     left, top, right, bottom = seen_box(seen.processor, width, height)
     box = (left / width, top / height, right / width, bottom / height)

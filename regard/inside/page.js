@@ -45,7 +45,7 @@ function draw() {
   paint(heat, wide, high, overlay.bytes.subarray(start, start + high * wide));
   heat.dataset.row = word.dataset.row;
   const peak = overlay.peak[row][slice];
-  peakLabel.textContent = overlay.total ? `${percent(peak)} ${overlay.unit}` : `${peak} (${overlay.unit})`;
+  peakLabel.textContent = overlay.share ? `${percent(peak)} ${overlay.unit}` : `${peak} (${overlay.unit})`;
   const share = overlay.total ? `: ${percent(overlay.total[row][slice])} ${overlay.unit} is on the picture` : "";
   line.textContent = `“${word.textContent}”, ${overlay.name}, ${overlay.slices[slice]}${share}${word.dataset.note ? `; ${word.dataset.note}` : ""}`;
 }
