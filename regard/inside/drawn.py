@@ -65,11 +65,9 @@ def show_drawn(
         try:
             with apply(pipe, name, concepts=subjects):
                 sections.append(_maps(f"With {name}", draw()))
-        except RegardError as error:
+        except (RegardError, TypeError) as error:  # a recipe that is not told concepts
             sections.append(Section(f"With {name}", "", missing=str(error)))
-    kind = (
-        model_name(pipe) if hasattr(pipe, "config") and hasattr(pipe, "name_or_path") else type(pipe).__name__
-    )
+    kind = model_name(pipe)
     facts = [("pipeline", kind), ("prompt", prompt), ("steps", f"{steps}, noise of seed {seed}")]
     note = MINIATURE_NOTE if kind.startswith("miniature") else ""
     return Page(f"{kind}: {prompt}", facts, _board(prompt, heat), (), sections, note)
