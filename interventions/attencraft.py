@@ -58,33 +58,6 @@ class WordMasks:
         empty = ~self.masks.flatten(2).any(2)
         return tuple(tuple(own.nonzero()[:, 0].tolist()) for own in empty)
 
-    def figure(self, image: int = 0) -> Any:
-        """The picture, each map, and the masks in colours (the background dark): a matplotlib figure.
-
-        Args:
-            image: which picture.
-        """
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-
-        picture, maps = self.images[image], self.maps[image].cpu()
-        titles = ["picture", *map(str, self.words), "background", "masks"]
-        figure = Figure(figsize=(2.3 * len(titles), 2.6), layout="constrained")
-        axes = figure.subplots(1, len(titles))
-        extent = (-0.5, picture.width - 0.5, picture.height - 0.5, -0.5)
-        axes[0].imshow(picture)
-        for place, own in zip(axes[1:-1], maps, strict=True):
-            place.imshow(own, cmap="inferno", vmin=0, vmax=1, extent=extent)
-        axes[-1].imshow(picture.convert("L"), cmap="gray", vmin=0, vmax=255)
-        regions = regions_of(maps[None], self.threshold)[0]
-        colours = [(*colormaps["tab10"](index % 10)[:3], 0.7) for index in range(len(self.words))]
-        for own, colour in zip(regions, [*colours, (0.0, 0.0, 0.0, 0.5)], strict=True):
-            axes[-1].imshow(own[..., None] * torch.tensor(colour), extent=extent, interpolation="nearest")
-        for place, title in zip(axes, titles, strict=True):
-            place.set_title(title, fontsize=10)
-            place.axis("off")
-        return figure
-
 
 def word_masks(
     pipe: Any,

@@ -59,7 +59,7 @@ def show_drawn(
 
     progress("drawing plain")
     heat = draw()
-    sections = [_maps("Where the words act", heat), _isolated(pipe, prompt, heat, progress)]
+    sections = [_maps("Where the words act", heat), _isolated(pipe, prompt, heat, seed, progress)]
     for name in recipes:
         progress(f"drawing with {name}")
         try:
@@ -82,7 +82,7 @@ def _maps(title: str, heat: WordHeat) -> Section:
     return section(title, text, ("Maps of the words over the steps", lambda: plots.word_maps(heat)))
 
 
-def _isolated(pipe: Any, prompt: str, heat: WordHeat, progress: Callable[[str], Any]) -> Section:
+def _isolated(pipe: Any, prompt: str, heat: WordHeat, seed: int, progress: Callable[[str], Any]) -> Section:
     """The regions that isolation would keep apart."""
     progress("finding the subjects")
     picture, names = heat.images[0], [str(word) for word in heat.words]
@@ -93,7 +93,8 @@ def _isolated(pipe: Any, prompt: str, heat: WordHeat, progress: Callable[[str], 
         ("By the words", lambda: _regions(picture, masks_of(heat.mean[0]), names)),
     )
     try:
-        joined = word_masks(pipe, prompt, names, image=picture)
+        noise = torch.Generator().manual_seed(seed)
+        joined = word_masks(pipe, prompt, names, image=picture, generator=noise)
     except RegardError as error:
         found.missing = str(error)
         return found
