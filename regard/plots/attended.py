@@ -113,13 +113,13 @@ def sinks(
     shown = panels.at(0, 0)
     count = int(found[0].any(0).sum())
     seen.show(shown, f"{count} visual {'sink' if count == 1 else 'sinks'}\n{_depth(plain, layer)}")
-    seen.outline(shown, found[0].any(0))
+    seen.outline(shown, found[0].max(0))
     for column, ((field, each), own, name) in enumerate(zip(maps, found, names, strict=False), start=1):
         axes = panels.at(0, column)
         share = (each * own).sum((1, 2)).mean()
         title = f"{name}\n{field.sum():.1%} on picture, {share:.1%} on sinks"
         drawn = seen.heat(axes, field, top or highest or 1.0, title)
-        seen.outline(axes, own.any(0), width=0.8)
+        seen.outline(axes, own.max(0), width=0.8)
     panels.axes[1].set_xlabel(said)
     panels.bar(drawn, "probability\n(mean over heads)", clipped=0 < top < highest)
     return panels.done()

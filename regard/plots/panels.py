@@ -98,7 +98,7 @@ class Panels:
         axes.tick_params(labelsize=LOOK["xtick.labelsize"], width=0.6, length=2.5)
         axes.grid(False)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.label.set_size(LOOK["axes.labelsize"])
+            axis.label.set_fontsize(LOOK["axes.labelsize"])
         self.axes.append(axes)
         return axes
 
