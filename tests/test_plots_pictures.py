@@ -46,7 +46,7 @@ def test_long_runs_show_six_steps(heat):
 
 def test_masks_cover_their_cells_and_no_others(heat):
     masks = torch.rand(3, 8, 8) > 0.5
-    masks[:, 0, 0], masks[:, 7, 7], masks[0] = True, False, False
+    masks[:, 0, 0], masks[:, 7, 7], masks[0] = False, True, False
     figure = plots.masks(heat.images[0], masks, ["banana", "person", "dog"])
     axes = figure.axes[0]
     assert title_of(axes) == "nowhere: banana"
