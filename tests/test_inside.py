@@ -14,6 +14,7 @@ import regard
 from regard.evals.generation import make_inputs, make_prompt
 from regard.evals.miniature.scenes import make_scene
 from regard.inside.board import Board, Overlay, Piece
+from regard.interventions import sinks
 from regard.interventions.spoken import by_word, words_of
 
 
@@ -101,6 +102,7 @@ def test_what_is_undefined_on_a_model_says_so(monkeypatch, miniature):
     """A part or a recipe that is not for a model leaves its place empty, with the reason, and the rest stands."""
     model, processor = miniature
     monkeypatch.setattr(model.config, "model_type", "other")  # damro knows it not
+    monkeypatch.setattr(sinks, "_TABLE", {})  # and VAR not, so that sinks are looked for
     page = regard.show(
         model, processor, make_scene(4).image, recipes="dyvte,vhr", max_new_tokens=3, importance=False
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..hooks.errors import RegardError
 
+MISSING = (RegardError, ValueError)  # what a model or picture does not have; the page goes on without
 DPI = 150
 SIDE = 640  # longest side of the picture on the page, in pixels
 
@@ -124,7 +125,7 @@ def section(title: str, text: str, *figures: tuple[str, Callable[[], Any]]) -> S
     for alt, make in figures:
         try:
             found.drawings.append(drawing(make(), alt))
-        except RegardError as error:
+        except MISSING as error:
             found.missing = str(error)
     return found
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .. import plots
 from ..evals.chair.mentions import chair_objects
 from ..evals.chair.words import node_words
 from ..evals.generation import make_inputs, make_prompt
@@ -18,36 +16,19 @@ from ..evals.provenance import model_name
 from ..evals.results import MINIATURE_NOTE
 from ..evals.run_folder import EvalError
 from ..evals.settings import Setting, fill_matchers, find_sinks, make_settings
+from ..hooks.anatomy import anatomy, base_of
 from ..hooks.errors import RegardError, UnknownName
-from ..interventions import attention, cls_outliers, divergence, object_maps, tower_heads
+from ..interventions import attention, divergence, object_maps, sink_dimensions
 from ..interventions.attention import Attention
-from ..interventions.divergence import Divergence
+from ..interventions.sinks import known_sinks
 from ..interventions.spoken import Word, by_word, words_of
 from ..interventions.vlsam import ObjectMap
 from ..interventions.vlsam_points import seen_box
-from .board import Board, Overlay, Piece, Section, section
+from .board import Board, Overlay, Piece
+from .figures import Seen, sections
 from .page import Page
 
 PROMPT = "Please describe this image in detail."
-MOST_FLOWS = 4
-
-
-@dataclass
-class _Seen:
-    """What was read before the page is made."""
-
-    model: Any
-    processor: Any
-    picture: Image.Image
-    inputs: Any
-    text: str
-    words: list[Word]
-    wrong: list[bool]
-    objects: list[int]
-    plain: Attention
-    divergence: Divergence
-    edited: dict[str, Attention]
-    flows: list[ObjectMap]
 
 
 def show(
@@ -89,13 +70,14 @@ def show(
     inputs = make_inputs(model, processor, [make_prompt(processor, prompt)], [image])
     settings = _settings(recipes, model, processor, inputs)
     progress("reading the plain answer")
-    plain = attention(model, inputs, max_new_tokens)
+    sinks = _sinks(model, inputs)
+    plain = attention(model, inputs, max_new_tokens, **sinks)
     text, words = words_of(plain.tokens, processor)
     named, wrong = _mentions(text, words, there)
     others, edited = [], {}
     for setting in settings:
         progress(f"reading it with {setting.label}")
-        said, found, remark = _with(setting, model, processor, inputs, plain.tokens)
+        said, found, remark = _with(setting, model, processor, inputs, plain.tokens, sinks)
         others.append((setting.label, _marked(said, there), remark))
         if found is not None:
             edited[setting.label] = found
@@ -103,7 +85,7 @@ def show(
     heads = divergence(model, inputs, len(plain.tokens))
     progress("following the attention flow")
     flows = _flows(model, processor, inputs, plain.tokens, words)
-    seen = _Seen(
+    seen = Seen(
         model, processor, image, inputs, text, words, wrong, named, plain, heads, edited, flows
     )  # fmt: skip
     return Page(
@@ -111,7 +93,7 @@ def show(
         _facts(seen, prompt, objects),
         _board(seen),
         others,
-        _sections(seen, importance, progress),
+        sections(seen, importance, progress),
         MINIATURE_NOTE if model_name(model).startswith("miniature") else "",
     )
 
@@ -126,6 +108,15 @@ def _settings(recipes: Any, model: Any, processor: Any, inputs: Any) -> list[Set
             raise
         settings = []
     return [setting for setting in fill_matchers(settings, model, processor) if not setting.is_baseline]
+
+
+def _sinks(model: Any, inputs: Any) -> dict[str, Any]:
+    """What tells a sink, where nobody has published it and it stands out."""
+    base = base_of(model)
+    if known_sinks(anatomy(base)) is not None:
+        return {}
+    found = sink_dimensions(base, inputs)
+    return {"sink_dims": found.dims, "tau": found.tau} if found.dims else {}
 
 
 def _node(name: str) -> str:
@@ -159,14 +150,14 @@ def _marked(text: str, there: set[str] | None) -> list[Piece]:
 
 
 def _with(
-    setting: Setting, model: Any, processor: Any, inputs: Any, tokens: Tensor
+    setting: Setting, model: Any, processor: Any, inputs: Any, tokens: Tensor, sinks: dict[str, Any]
 ) -> tuple[str, Attention | None, str]:
     """What the model says with a recipe, where it looks when it says the plain words, and why not."""
     try:
         with setting.attach(model):
             ids = model.generate(**inputs, max_new_tokens=len(tokens), do_sample=False)
             said, _ = words_of(ids[0, inputs["input_ids"].shape[1] :], processor)
-            return said, attention(model, inputs, output=tokens), setting.note
+            return said, attention(model, inputs, output=tokens, **sinks), setting.note
     except RegardError as error:
         return "", None, str(error)
 
@@ -181,7 +172,7 @@ def _flows(model: Any, processor: Any, inputs: Any, tokens: Tensor, words: Seque
     return list(object_maps(model, inputs, positions=places, output=output, processor=processor).objects)
 
 
-def _board(seen: _Seen) -> Board:
+def _board(seen: Seen) -> Board:
     """The answer, word by word, over the picture."""
     layers = ("mean of the layers", *(f"layer {layer}" for layer in seen.plain.layers))
     overlays = [
@@ -210,7 +201,7 @@ def _by_layer(found: Attention, words: Sequence[Word]) -> Tensor:
     return torch.cat([maps.mean(1, keepdim=True), maps], 1)
 
 
-def _pieces(seen: _Seen) -> list[Piece]:
+def _pieces(seen: Seen) -> list[Piece]:
     pieces, place = [], 0
     t_vhd = by_word(seen.divergence.t_vhd, seen.words)
     for row, (word, wrong) in enumerate(zip(seen.words, seen.wrong, strict=True)):
@@ -221,7 +212,7 @@ def _pieces(seen: _Seen) -> list[Piece]:
     return pieces
 
 
-def _facts(seen: _Seen, prompt: str, objects: Sequence[str] | None) -> list[tuple[str, str]]:
+def _facts(seen: Seen, prompt: str, objects: Sequence[str] | None) -> list[tuple[str, str]]:
     ids, name = seen.inputs["input_ids"], type(seen.model).__name__
     facts = [("model", f"{model_name(seen.model)} ({name})"), ("prompt", prompt)]
     facts.append(("tokens", f"{ids.shape[1]} of the prompt, {len(seen.plain.tokens)} generated, greedy"))
@@ -232,92 +223,3 @@ def _facts(seen: _Seen, prompt: str, objects: Sequence[str] | None) -> list[tupl
     if objects is not None:
         facts.append(("in the picture", ", ".join(objects) or "none of CHAIR's objects"))
     return facts
-
-
-def _sections(seen: _Seen, importance: bool, progress: Callable[[str], Any]) -> list[Section]:
-    progress("drawing")
-    mine = {"processor": seen.processor}
-    wrong = [word.text for word, bad in zip(seen.words, seen.wrong, strict=True) if bad]
-    edited = next(iter(seen.edited.items()), None)
-    names = ("plain", f"with {edited[0]}" if edited else "")
-    found = [
-        section(
-            "Which heads look at the image",
-            "VHD: how far each head's output at the last prompt row moves when the image is taken away. T-VHD: the "
-            "same at each generated word, over the heads with the largest distance.",
-            ("VHD, layers by heads", lambda: plots.vhd(seen.divergence)),
-            (
-                "T-VHD along the answer",
-                lambda: plots.t_vhd(seen.divergence, seen.processor, hallucinated=wrong),
-            ),
-        ),
-        section(
-            "Where the attention goes",
-            "The share of the attention of each group of tokens, by layer; the mean over generated words and heads.",
-            (
-                "Share of attention by layer",
-                lambda: plots.masses(seen.plain, edited and edited[1], names=names),
-            ),
-        ),
-        section(
-            "Visual attention sinks",
-            "Image tokens whose state is very large in a few fixed channels, and the attention over the picture, plain"
-            + (f" and with {edited[0]}." if edited else "."),
-            (
-                "Sinks on the picture, and attention",
-                lambda: plots.sinks(seen.picture, seen.plain, edited and edited[1], names=names, **mine),
-            ),
-        ),
-        section(
-            "Attention flow",
-            "Where in the picture the flow through all layers to a word begins (VL-SAM).",
-            *(
-                (f"Attention flow to {flow.word}", lambda flow=flow: plots.flow(seen.picture, flow, **mine))
-                for flow in _chosen_flows(seen)
-            ),
-        ),
-    ]
-    progress("reading the vision tower")
-    pixels = seen.inputs.get("pixel_values")
-    return [
-        *found,
-        section(
-            "Outliers of the vision tower",
-            "Patches to which the vision tower's CLS token attends most (DAMRO).",
-            (
-                "Attention of the CLS token, outliers outlined",
-                lambda: plots.outliers(seen.picture, cls_outliers(seen.model, seen.inputs), **mine),
-            ),
-        ),
-        _tower(seen.model, pixels, importance),
-    ]
-
-
-def _tower(model: Any, pixels: Any, importance: bool) -> Section:
-    title, text = "Heads of the vision tower", "How far each head looks, and in what patterns"
-    try:
-        heads = tower_heads(model, pixels, importance=importance)
-    except RegardError as error:
-        return Section(title, f"{text}.", missing=str(error))
-    figures = [
-        ("Attention distance by layer", lambda: plots.distance(heads)),
-        (
-            "Patterns of attention around a patch",
-            lambda: plots.patterns(heads.clusters(min(6, heads.distance.numel()))),
-        ),
-    ]
-    if importance:
-        figures.insert(0, ("What pruning each head changes", lambda: plots.importance(heads)))
-        text += "; what the tower's output loses when a head is pruned"
-    return section(title, f"{text}.", *figures)
-
-
-def _chosen_flows(seen: _Seen) -> list[ObjectMap]:
-    """Of the objects that the answer names, each at its first mention; without any, of the words with most T-VHD."""
-    if not seen.flows:
-        return []
-    first = {seen.words[number].text.lower(): number for number in reversed(seen.objects)}
-    chosen = sorted(first.values())
-    if not chosen:
-        chosen = by_word(seen.divergence.t_vhd, seen.words).argsort(descending=True).tolist()
-    return [seen.flows[number] for number in chosen[:MOST_FLOWS]]
