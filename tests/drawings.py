@@ -4,7 +4,6 @@ from functools import cache
 
 import numpy as np
 import torch
-from matplotlib.patches import Rectangle
 
 import regard
 from regard.evals.miniature.scenes import make_scene
@@ -84,11 +83,9 @@ def field(axes, at=-1):
 
 def boxes(axes):
     """Corners (left, top, right, bottom) of the outlined rectangles."""
-    return sorted(
-        (p.get_x(), p.get_y(), p.get_x() + p.get_width(), p.get_y() + p.get_height())
-        for p in axes.patches
-        if isinstance(p, Rectangle)
-    )
+    outlined = [path for lines in axes.collections for path in lines.get_paths()]
+    frames = [p.get_patch_transform().transform_path(p.get_path()) for p in axes.patches]
+    return sorted(tuple(path.get_extents().extents) for path in [*outlined, *frames])
 
 
 def title_of(axes):

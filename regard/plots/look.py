@@ -11,7 +11,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
@@ -72,8 +72,8 @@ def titled(axes: Axes, text: str) -> None:
 
 
 def cased(width: float, colour: str = "white") -> list[Any]:
-    """Path effects that set a line or letters off from whatever is below."""
-    return [withStroke(linewidth=width, foreground=colour)]
+    """Path effects that set lines off from whatever is below; those of a collection do not cover each other."""
+    return [Stroke(linewidth=width, foreground=colour), Normal()]
 
 
 def values(what: str, tensor: Tensor, dims: int, shape: str) -> np.ndarray:

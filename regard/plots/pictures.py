@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, PatchCollection
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path
 from scipy import ndimage
@@ -77,11 +77,13 @@ class Seen:
         """A rectangle around each chosen place of a map (h, w) bool."""
         left, right, bottom, top = self.extent
         high, wide = (bottom - top) / chosen.shape[0], (right - left) / chosen.shape[1]
-        for row, column in np.argwhere(chosen):
-            corner = left + column * wide, top + row * high
-            patch = Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=width, zorder=3)
-            patch.set_path_effects(cased(width + 1.4))
-            axes.add_patch(patch)
+        places = [
+            Rectangle((left + column * wide, top + row * high), wide, high)
+            for row, column in np.argwhere(chosen)
+        ]
+        lines = PatchCollection(places, facecolor="none", edgecolor=colour, linewidth=width, zorder=3)
+        lines.set_path_effects(cased(width + 1.4))
+        axes.add_collection(lines)
 
     def region(self, axes: Axes, chosen: np.ndarray, name: str, colour: str, hatch: str) -> None:
         """A region (h, w) bool of the whole picture: filled, hatched, outlined, with its name in its widest part."""
