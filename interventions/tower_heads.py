@@ -210,6 +210,11 @@ def _all_heads(layers: list[nn.Module]) -> list[tuple[int, int]]:
 def _images(tower: Any, pixel_values: Tensor) -> Tensor:
     """(N, C, height, width), of the tower's dtype and on its device."""
     channels = getattr(tower.config, "num_channels", 3)
+    if not isinstance(pixel_values, Tensor):
+        raise ValueError(
+            f"pixel_values must be a tensor (N, {channels}, height, width), got {type(pixel_values).__name__}: "
+            'call the processor with return_tensors="pt"'
+        )
     shape = tuple(pixel_values.shape)
     if len(shape) == 5:
         pixel_values = pixel_values.flatten(0, 1)

@@ -312,6 +312,8 @@ def test_errors_say_what_is_wrong() -> None:
     for wrong in (pixels[0], pixels[:, :2], pixels[:0], pixels[None, None]):
         with pytest.raises(ValueError, match=r"pixel_values must be \(N, 3, height, width\)"):
             tower_heads(model, wrong)
+    with pytest.raises(ValueError, match="got NoneType"):
+        tower_heads(model, None)
     with pytest.raises(ValueError, match="of zeros"):
         tower_heads(model, torch.zeros(1, 2, 3, 12, 12))
     with pytest.raises(ValueError, match="at least 1, got 0"):
