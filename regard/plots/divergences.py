@@ -39,7 +39,7 @@ def vhd(
         divergence: of `regard.divergence`.
         mark: "median" sets a dot on the heads above the median of their layer, which VHR reinforces in the layers that
             it edits, before its outlier filter; None sets none.
-        scale: "raw" is the squared distance; "layer" divides by the largest of the layer, as VHR compares within layers.
+        scale: "raw" is the squared distance; "layer" divides by the largest of the layer, as VHR compares in layers.
         sample: of a batch.
         ax: axis to draw on; None makes a figure.
 
