@@ -252,7 +252,7 @@ def test_training_stops_and_resumes(tmp_path, capsys):
     """Killed after its first stage and started again, training ends with the weights of an unbroken run."""
     from safetensors.torch import load_file
 
-    size = ["--images", "4", "--batch", "2", "--workers", "0", "--warmup", "1"]
+    size = ["--images", "4", "--batch", "2", "--workers", "0", "--warmup", "1", "--threads", "1"]
     threads = torch.get_num_threads()
     train_lvlm.main(["--out", str(tmp_path / "whole"), *size])
     train_lvlm.main(["--out", str(tmp_path / "parts"), "--stage", "tower", *size])

@@ -141,8 +141,7 @@ def planted(problem: Problem, mass: float) -> Problem:
     return replace(problem, query=query.to(problem.query), key=key.to(problem.key))
 
 
-@pytest.mark.parametrize("mass", [0.9, 0.9999])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("mass", "dtype"), [(0.9, torch.float16), (0.9999, torch.float32)])
 @pytest.mark.parametrize("name", ["redistribute", "drop", "scale", "callable"])
 def test_a_planted_sink(mass: float, dtype: torch.dtype, name: str) -> None:
     policy = POLICIES[name] if name != "redistribute" else Redistribute(rho=0.0)
