@@ -54,9 +54,11 @@ class ASTAR(ConceptMethod):
             a prompt.
         scale: factor of the gradient in latent units; 0 is the stock pipeline.
         until: share of the steps that are altered.
-        segregation, retention: weights of the two losses.
+        segregation: weight of the loss by which maps overlap.
+        retention: weight of the loss by which a map leaves what it covered.
         threshold: of the mask, in (0, 1), or "otsu".
-        normalize, smooth: see `word_maps`.
+        normalize: see `word_maps`.
+        smooth: see `word_maps`.
         masks: layout control: (C, H, W), one mask a concept in place of B, at any size of the image's shape.
         resolution: (h, w) of the maps.
 

@@ -98,11 +98,11 @@ def word_masks(
       own word, by its definition. So what it raises as a clash is an empty region, which here is in `missing`.
     - 16x16 and 32x32 are a quarter and a half of the latents' side, and so here at every size, but 16x16 at least.
 
-    On the miniature this does not work: its words are not looked at where their objects are, and S^4 blurs what there
-    is. IoU with the drawn objects over 40 composed pictures of two, in percent: 9.7 (95 % interval 7.4 to 11.9), with
-    26 of 80 objects not found; 12.7 for Otsu's threshold on the same attention to the words (ours less that: -3.0, -5.5
-    to -0.5); 14.8 for `power=0`; 9.1 for the whole picture. Of the true masks in place of the words, `power=0` leaves
-    77 and `power=4` 15: attention is broad at 16x16. It says nothing of Stable Diffusion at 32x32, which was not run.
+    On the miniature this works worse than leaving S out: its words are not looked at where their objects are, and S^4
+    blurs what there is. IoU with the drawn objects over 40 composed pictures of two, in percent
+    (`benchmarks/word_masks.py`): 10.5 (95 % interval 7.8 to 13.5), with 32 of 80 objects not found; 15.5 for `power=0`
+    (ours less that: -5.0, -7.9 to -2.1); 12.8 for Otsu's threshold on the same attention to the words (-2.2, -5.0 to
+    0.6); 8.8 for the whole picture. It says nothing of Stable Diffusion at 32x32, which was not run.
 
     Args:
         pipe: a diffusers pipeline with a U-Net (Stable Diffusion 1, 2, XL); edits that are on it stay on.

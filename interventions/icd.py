@@ -9,7 +9,8 @@ With z the logits given the prompt, and z' those given the same image and the pr
 
 Which rows: the newest one, at every step.
 
-The role's tokens go in behind the image, before the question; a Q-Former that reads the instruction gets them
+The role's tokens go in behind the image, before the question (the release's LLaVA script makes it the system prompt,
+before the image and in place of LLaVA's own); a Q-Former that reads the instruction gets them
 too, behind its first token. Positions, masks and token types grow with the prompt. Ours: the role is read
 behind the last image of a prompt with several, and one special token that closes an image stays with it.
 The paper tries several roles; the default here is the one of its first figure.

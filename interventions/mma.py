@@ -1,6 +1,7 @@
 r"""Modality-mutual attention (MMA), experimental.
 
-Wang et al., "AKI: Modality-Mutual Attention for Multimodal LLMs", arXiv 2503.02597. Reference:
+Wang et al., "Seeing is Understanding: Unlocking Causal Attention into Modality-Mutual Attention for Multimodal LLMs"
+(AKI), arXiv 2503.02597. Reference:
 https://github.com/sony/aki (CC BY-NC, not copied).
 
 Row i of an image token sees, besides the keys j <= i, the question's tokens behind the image:
@@ -66,7 +67,7 @@ class MMA(Method):
     layers: tuple[int, ...] | None = None
 
     name = "mma"
-    paper = "AKI: Modality-Mutual Attention for Multimodal LLMs"
+    paper = "Seeing is Understanding: Unlocking Causal Attention into Modality-Mutual Attention for Multimodal LLMs"
     arxiv = "2503.02597"
     kind = "mask"
     cost = "a mask in the prefill"

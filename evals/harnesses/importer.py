@@ -101,7 +101,8 @@ def import_answers(
         parser: how yes/no answers are read: one of `answers.PARSERS`, or for amber_d of `amber.AMBER_PARSERS`; None is
             the benchmark's own.
         chair: how CHAIR reads words: a name of `chair.CONFIGURATIONS`. A file of ground truth brings its own.
-        drop_unfinished, scoring: as for `evaluate`.
+        drop_unfinished: as for `evaluate`.
+        scoring: as for `evaluate`.
         allow_missing: score the items that all files answer.
         allow_extra: leave aside answers to other questions.
         by_order: pair rows without ids in the order of the items, each with its question checked.

@@ -93,7 +93,11 @@ def sinks(
         picture: the one that the processor was given: PIL, array or tensor.
         plain: of `regard.attention`, with sink dimensions known or given.
         edited: the same with a recipe on the model, best with `output=plain.tokens`; None leaves its panel out.
-        token, layer, image, processor, ax: see `attention`.
+        token: see `attention`, like the next three.
+        layer: None takes the mean over all.
+        image: of several images of the prompt.
+        processor: the model's, to lay the maps right and to name words.
+        ax: axis to divide; None makes a figure.
         names: of the two panels.
 
     Raises:
