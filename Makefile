@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # A machine without an NVIDIA card gets the CPU build: gigabytes less to download.
 CPU_TORCH := --extra-index-url https://download.pytorch.org/whl/cpu --retries 2
 TORCH ?= torch==2.13.0 $(if $(shell command -v nvidia-smi),,$(CPU_TORCH))
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check  # what is imported compiles then
 EDITABLE := --config-settings editable_mode=compat
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
