@@ -181,7 +181,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no recipes: {', '.join(unknown)}")
     device = device_of(given.device)
-    results = Results("graphs" if given.graphs else "models", given, device)
+    kind = "graphs" if given.graphs else "models"
+    results = Results(f"{kind}-{given.only}" if given.only else kind, given, device)
     for name, config in CONFIGS.items():
         if given.only not in (None, name) or not results.room(name):
             continue
