@@ -17,6 +17,8 @@ from .errors import CannotEdit
 if TYPE_CHECKING:
     from .engine import Engine
 
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
+
 
 def follow_beams(cache: Any, stream: Stream) -> None:
     """Let a beam search that reorders the main cache reorder the branch's too."""

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from ..hooks.anatomy import Anatomy, anatomy, base_of
 from ..hooks.edits import Edit, HeadGain, Hidden
 from ..hooks.errors import CannotEdit
+from ..hooks.generating import GREEDY
 from ..hooks.masses import newest_probs
 from ..hooks.run import Run
 from ..hooks.session import Call
@@ -90,9 +91,8 @@ def attention(
         if forced is not None or max_new_tokens:
             count = max_new_tokens if forced is None else len(forced)
             processors = LogitsProcessorList([] if forced is None else [_Forced(inputs, forced)])
-            plain = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
             ids = model.generate(  # type: ignore[operator]
-                **inputs, max_new_tokens=count, logits_processor=processors, **plain
+                **inputs, max_new_tokens=count, logits_processor=processors, **GREEDY
             )
             tokens = ids[0, inputs["input_ids"].shape[1] :]
         else:

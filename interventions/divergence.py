@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..hooks.anatomy import anatomy, base_of
 from ..hooks.edits import Branch, HeadGain, without_image
+from ..hooks.generating import GREEDY
 from ..hooks.run import Run
 from ..hooks.session import Call
 from .vhr import TEXT_ONLY, head_divergence
@@ -68,8 +69,7 @@ def divergence(
     branch = Branch(TEXT_ONLY, without_image, layers, every_step=max_new_tokens > 1)
     with Run(model, [branch, reader]):
         if max_new_tokens:
-            plain = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
-            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **plain)  # type: ignore[operator]
+            ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)  # type: ignore[operator]
             tokens = ids[:, -len(steps[layers[0]]) :]
         else:
             model(**inputs)

@@ -25,6 +25,11 @@ class Word:
     last: int
 
 
+def mention_of(word: str) -> re.Pattern[str]:
+    """Finds a word or phrase in a text: whole words in any case, also with s or es."""
+    return re.compile(rf"(?<!\w){re.escape(word.strip())}(?:s|es)?(?!\w)", re.IGNORECASE)
+
+
 def spans(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The text of some tokens without special ones, and the characters (start, end) that each adds to it."""
     text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -30,7 +30,6 @@ Points and masks are in `vlsam_points`. Two thirds of the paper's score are four
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,10 +41,11 @@ from torch import Tensor, nn
 from ..hooks.anatomy import Anatomy, anatomy, base_of
 from ..hooks.edits import HeadGain
 from ..hooks.errors import CannotEdit, NoObjectWords
+from ..hooks.generating import GREEDY
 from ..hooks.run import Run
 from ..hooks.session import Call
 from ..kernels.maps import attention_flow, head_weights, layer_map
-from .spoken import spans
+from .spoken import mention_of, spans
 from .vlsam_grid import Patch, image_patches
 from .vlsam_points import ObjectMask, Points, masks, points, seen_box, suppressed
 
@@ -220,9 +220,8 @@ def _generated(model: nn.Module, inputs: Mapping[str, Any], count: int, run: Run
     prompt = inputs["input_ids"]
     if not count:
         return prompt[:, :0]
-    plain = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
     with run.off():
-        ids: Tensor = model.generate(**inputs, max_new_tokens=count, **plain)  # type: ignore[operator]
+        ids: Tensor = model.generate(**inputs, max_new_tokens=count, **GREEDY)  # type: ignore[operator]
     return ids[:, prompt.shape[1] :]
 
 
@@ -265,7 +264,7 @@ def _mentions(
         text, ends = spans(ids[sample, places].tolist(), tokenizer)
         texts.append(text)
         for word in dict.fromkeys(word.strip() for word in words if word.strip()):
-            for hit in re.finditer(rf"(?<!\w){re.escape(word)}(?:s|es)?(?!\w)", text, re.IGNORECASE):
+            for hit in mention_of(word).finditer(text):
                 pieces = [
                     place
                     for place, (start, end) in zip(places, ends, strict=True)

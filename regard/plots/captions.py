@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..hooks.errors import NoObjectWords
-from ..interventions.spoken import Word, words_of
+from ..interventions.spoken import Word, mention_of, words_of
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,7 @@ class Caption:
         Raises:
             NoObjectWords: nowhere.
         """
-        pattern = rf"(?<!\w){re.escape(word.strip())}(?:s|es)?(?!\w)"
-        hits = [match.span() for match in re.finditer(pattern, self.text, re.IGNORECASE) if word.strip()]
+        hits = [match.span() for match in mention_of(word).finditer(self.text)] if word.strip() else []
         found = [
             number
             for number, own in enumerate(self.words)
