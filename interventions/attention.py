@@ -22,6 +22,7 @@ from ..hooks.masses import newest_probs
 from ..hooks.run import Run
 from ..hooks.session import Call
 from .sinks import known_sinks, sink_strength
+from .spoken import check_answer
 from .vlsam_grid import Patch, image_patches
 
 SINKS = "sinks of the reader"
@@ -213,11 +214,7 @@ def _check(inputs: Mapping[str, Any], max_new_tokens: int, output: Tensor | None
         raise ValueError(
             f"attention is read one prompt at a time, but input_ids has the shape {tuple(ids.shape)}"
         )
-    if max_new_tokens < 0 or (max_new_tokens and output is not None):
-        raise ValueError(
-            f"give either output or max_new_tokens from 0 up, got max_new_tokens={max_new_tokens}"
-            + (" and an output" if output is not None else "")
-        )
+    check_answer(max_new_tokens, output)
     if output is None:
         return None
     if output.ndim not in (1, 2) or (output.ndim == 2 and len(output) != 1) or not output.numel():

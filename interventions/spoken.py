@@ -30,6 +30,15 @@ def mention_of(word: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(word.strip())}(?:s|es)?(?!\w)", re.IGNORECASE)
 
 
+def check_answer(max_new_tokens: int, output: Tensor | None) -> None:
+    """Raise ValueError unless at most one of them says what the answer is."""
+    if max_new_tokens < 0 or (max_new_tokens and output is not None):
+        raise ValueError(
+            f"give either output or max_new_tokens from 0 up, got max_new_tokens={max_new_tokens}"
+            + (" and an output" if output is not None else "")
+        )
+
+
 def spans(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The text of some tokens without special ones, and the characters (start, end) that each adds to it."""
     text = tokenizer.decode(ids, skip_special_tokens=True)

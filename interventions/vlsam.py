@@ -45,7 +45,7 @@ from ..hooks.generating import GREEDY
 from ..hooks.run import Run
 from ..hooks.session import Call
 from ..kernels.maps import attention_flow, head_weights, layer_map
-from .spoken import mention_of, spans
+from .spoken import check_answer, mention_of, spans
 from .vlsam_grid import Patch, image_patches
 from .vlsam_points import ObjectMask, Points, masks, points, seen_box, suppressed
 
@@ -202,11 +202,7 @@ def _check(
             f"to find words the model's processor or tokenizer is needed, got {type(tokenizer).__name__}: "
             "pass processor=, or positions= of tokens"
         )
-    if max_new_tokens < 0 or (max_new_tokens and output is not None):
-        raise ValueError(
-            f"give either output or max_new_tokens from 0 up, got max_new_tokens={max_new_tokens}"
-            + (" and an output" if output is not None else "")
-        )
+    check_answer(max_new_tokens, output)
     if output is not None and (output.ndim != 2 or len(output) != len(ids)):
         raise ValueError(f"output must be (B, T) with B = {len(ids)}, not {tuple(output.shape)}")
     if positions is not None and len(ids) != 1:
